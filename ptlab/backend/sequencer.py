@@ -1,0 +1,84 @@
+"""The order of one model's requests: strictly by seq_id, one at a time, waiting for gaps, and each at most once.
+
+A client numbers its requests 0 (creation), 1, 2, 3 ... They may arrive in any order and more than once (a network retries). Here each
+runs when every smaller number has finished, whether it succeeded or failed, and a repeated number gets the first answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ptlab.errors import OrderError
+
+Operation = Callable[[], Awaitable[Any]]
+
+
+@dataclass(slots=True)
+class _Entry:
+    fingerprint: str
+    answer: asyncio.Future[Any]
+    operation: Operation | None  # None once it has been started
+
+
+@dataclass(slots=True)
+class Sequencer:
+    """Runs the operations of one model. Belongs to one event loop.
+
+    Args:
+        remember: how many finished answers are kept for requests that come again.
+    """
+
+    remember: int = 256
+    _next: int = 0
+    _running: asyncio.Task[None] | None = None
+    _entries: dict[int, _Entry] = field(default_factory=dict)
+
+    async def run(self, seq_id: int, fingerprint: str, operation: Operation) -> Any:
+        """The operation's result, once its turn has come. Cancelling the caller does not cancel the operation: it is part of the order.
+
+        Raises: OrderError if seq_id was used for another request, or so long ago that its answer is no longer kept.
+        """
+        entry = self._entries.get(seq_id)
+        if entry is None:
+            if seq_id < self._next:
+                raise OrderError(
+                    f"seq_id {seq_id} was answered long ago (now at {self._next}) and its answer is no longer kept; use a new seq_id"
+                )
+            answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            answer.add_done_callback(_retrieved)
+            entry = self._entries[seq_id] = _Entry(fingerprint, answer, operation)
+            self._start_next()
+        elif entry.fingerprint != fingerprint:
+            raise OrderError(
+                f"seq_id {seq_id} was used before for {entry.fingerprint}, now for {fingerprint}; every request needs its own seq_id"
+            )
+        return await asyncio.shield(entry.answer)
+
+    def _start_next(self) -> None:
+        if self._running is None and self._next in self._entries:
+            self._running = asyncio.create_task(self._run_one(self._entries[self._next]))
+
+    async def _run_one(self, entry: _Entry) -> None:
+        operation, entry.operation = entry.operation, None
+        assert operation is not None
+        try:
+            entry.answer.set_result(await operation())
+        except asyncio.CancelledError:
+            entry.answer.cancel()
+            raise
+        except Exception as err:  # not swallowed: it is the answer
+            entry.answer.set_exception(err)
+        finally:
+            self._entries.pop(self._next - self.remember, None)
+            self._next += 1
+            self._running = None
+            self._start_next()
+
+
+def _retrieved(answer: asyncio.Future[Any]) -> None:
+    """Mark a failure as seen: a caller that went away must not cause a warning about it."""
+    if not answer.cancelled():
+        answer.exception()

@@ -1,0 +1,151 @@
+"""What a trainer and a sampler must do. Structural types: an engine need not inherit from them.
+
+Values in and out are `ptlab.types` (numpy inside); no torch tensor crosses. Each engine passes the one contract suite of its
+protocol (tests/engines/test_trainer_contract.py, tests/engines/test_sampler_contract.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ptlab.losses import LossCall
+from ptlab.types import (
+    AdamParams,
+    Datum,
+    ForwardBackwardOutput,
+    LoraConfig,
+    ModelInput,
+    OptimStepResponse,
+    SampleResponse,
+    SamplingParams,
+    TensorData,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterRef:
+    """LoRA weights a sampler can load. Never changes: new weights are a new ref; there is no "latest"."""
+
+    name: str
+    """Unique for ever; vLLM keys its prefix cache by name and path."""
+    version: int
+    """Optimizer steps behind these weights; 0 = as initialised."""
+    path: Path
+    """PEFT layout (adapter_config.json, adapter_model.safetensors), complete once the ref exists."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseModelInfo:
+    """Facts about a base model that requests are checked against."""
+
+    name: str
+    """The name clients use: a hub id, or the name given in the config."""
+    arch: str
+    """transformers model_type, e.g. "qwen3"."""
+    vocab_size: int
+    """Rows of the output head; every token id must lie in 0 .. vocab_size - 1."""
+    max_context_length: int
+    """Tokens of prompt and answer together."""
+    dtype: str
+    """Compute type: "float32" or "bfloat16"."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleCall:
+    """One sampling request: `num_samples` draws after one prompt, and what to score on the prompt."""
+
+    prompt: ModelInput
+    num_samples: int
+    params: SamplingParams
+    adapter: AdapterRef | None = None
+    """None = the base model."""
+    include_prompt_logprobs: bool = False
+    topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
+    target_prompt_logprobs: TensorData | None = None
+    """int64 [len(prompt) - 1, K]; row i scores prompt position i + 1; -1 = nothing."""
+    prompt_alt_tokens_k: int = 0
+    """Draws (with replacement, at the request's temperature) for every prompt position >= 1."""
+    prompt_logprobs_last_n: int | None = None
+    """Score only the last n prompt positions."""
+    sequence_ids: Sequence[str] = field(default=())
+    """num_samples unique ids; empty = the sampler makes them."""
+
+
+def lora_alpha(rank: int) -> int:
+    """Alpha of every ptlab adapter: 32 at any rank, so the update is scaled by 32 / rank.
+
+    Source: "LoRA Without Regret" (Thinking Machines, 2025): with alpha fixed and 1/rank scaling, the best learning rate hardly
+    depends on the rank. The hosted service does not state its alpha; 32 is what its compatible servers use.
+    """
+    del rank  # the scale alpha / rank is where the rank enters
+    return 32
+
+
+class Trainer(Protocol):
+    """Owns one base model and many LoRA adapters. Blocking; one caller at a time.
+
+    `forward` and `forward_backward` return for every datum `logprobs` in the shape of its target_tokens, and metrics that hold at
+    least `loss:sum`. Gradients of successive forward_backward calls add up (a plain sum over tokens and datums) until optim_step.
+    """
+
+    @property
+    def info(self) -> BaseModelInfo: ...
+
+    def create_adapter(self, model_id: str, lora: LoraConfig) -> None: ...
+
+    def remove_adapter(self, model_id: str) -> None: ...
+
+    def forward(self, model_id: str, data: Sequence[Datum], loss: LossCall) -> ForwardBackwardOutput: ...
+
+    def forward_backward(self, model_id: str, data: Sequence[Datum], loss: LossCall) -> ForwardBackwardOutput: ...
+
+    def optim_step(self, model_id: str, adam: AdamParams) -> OptimStepResponse: ...
+
+    def compute_logprobs(self, model_id: str | None, tokens: Sequence[int]) -> list[float | None]:
+        """Log-probability in nats of each token given those before it; the first is None. model_id None = the base model."""
+        ...
+
+    def save_adapter(self, model_id: str, directory: Path) -> None:
+        """PEFT layout, exactly what samplers load and plain PEFT reads."""
+        ...
+
+    def save_state(self, model_id: str, directory: Path) -> None:
+        """Adapter, optimizer and unapplied gradients: a resume continues bit for bit."""
+        ...
+
+    def load_state(self, model_id: str, directory: Path, *, with_optimizer: bool) -> None: ...
+
+
+class Sampler(Protocol):
+    """Serves one base model with loaded adapters. Async; many requests in flight."""
+
+    @property
+    def info(self) -> BaseModelInfo: ...
+
+    async def sample(self, call: SampleCall) -> SampleResponse:
+        """Raises: EngineError if call.adapter is not loaded; it never answers from other weights instead."""
+        ...
+
+    async def load_adapter(self, adapter: AdapterRef) -> frozenset[str]:
+        """Returns the names of the LoRA tensors now registered, as they stand in the adapter's safetensors file."""
+        ...
+
+    async def unload_adapter(self, adapter: AdapterRef) -> None:
+        """Forget an adapter. Requests in flight on it finish first."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engines:
+    """All that serves one base model."""
+
+    trainer: Trainer
+    sampler: Sampler
+    tokenizer: Any
+    """A transformers tokenizer; Any because only engines/ import transformers."""

@@ -1,0 +1,175 @@
+"""The composition root: from names and config sections to engines, a backend on its loop, and a client.
+
+Two ways in: `open_service(config)` for a recipe (checkpoints in the run directory), and `ServiceClient()`, the class that
+`import ptlab as tinker` offers (one backend per process, checkpoints in a directory of the user's). Nowhere else are engines chosen.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from ptlab.backend.backend import Backend
+from ptlab.client import rest, service
+from ptlab.client.connection import BackendConnection, Session
+from ptlab.config import EnginesConfig, PeftTrainerConfig, RunConfig, TorchSamplerConfig
+from ptlab.engines.protocols import Engines, Sampler, Trainer
+
+SMALL_MODEL_PARAMETERS = 50_000_000
+"""Below this, one CPU thread beats several: two threads on busy cores spin at their barriers (docs/LOG.md)."""
+CLOSE_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class LocalService:
+    """A client and what else the process knows about its backend."""
+
+    client: ServiceClient
+    metrics: MetricsBox
+
+
+class MetricsBox:
+    """The newest `sync/*` metrics, taken out once per log row. Thread-safe: the backend's loop fills it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: dict[str, float] = {}
+
+    def put(self, metrics: Mapping[str, float]) -> None:
+        with self._lock:
+            self._values.update(metrics)
+
+    def take(self) -> dict[str, float]:
+        with self._lock:
+            values, self._values = self._values, {}
+        return values
+
+
+class ServiceClient(service.ServiceClient):
+    """`ServiceClient()` as the official SDK has it, served by this process.
+
+    All instances share one backend, which opens a base model when it is first named: a hub id, a local directory, or
+    "ptlab/quickstart". Checkpoints lie in $PTLAB_DATA_DIR, else $XDG_DATA_HOME/ptlab, else ~/.local/share/ptlab.
+    """
+
+    def _open_connection(self) -> BackendConnection:
+        return _default_connection()
+
+
+class RestClient(rest.RestClient):
+    """`RestClient()` as the official SDK has it: alone it asks the backend that all `ServiceClient()` of this process share."""
+
+    def __init__(self, _holder: Session | None = None, *, base_url: str | None = None, api_key: str | None = None) -> None:
+        if _holder is None and base_url is None:
+            _holder = ServiceClient().holder
+        super().__init__(_holder, base_url=base_url, api_key=api_key)
+
+
+@contextmanager
+def open_service(config: RunConfig) -> Iterator[LocalService]:
+    """A service for one run: the config's model and engines, checkpoints below the run directory. Closes everything at the end."""
+    metrics = MetricsBox()
+    paths = {config.model.name: config.model.path} if config.model.path else {}
+    connection = _connect(config.directory / "checkpoints", config.engines, paths, metrics, base_models=(config.model.name,))
+    try:
+        with ServiceClient(connection=connection, display_name=config.name) as client:
+            yield LocalService(client, metrics)
+    finally:
+        _disconnect(connection)
+
+
+def data_dir() -> Path:
+    """Where `ServiceClient()` keeps checkpoints."""
+    if "PTLAB_DATA_DIR" in os.environ:
+        return Path(os.environ["PTLAB_DATA_DIR"]).expanduser()
+    return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "ptlab"
+
+
+@cache
+def _default_connection() -> BackendConnection:
+    return _connect(data_dir(), EnginesConfig(), {}, MetricsBox())  # lives as long as the process, on daemon threads
+
+
+def _connect(
+    data: Path, engines: EnginesConfig, paths: Mapping[str, str], metrics: MetricsBox, base_models: tuple[str, ...] = ()
+) -> BackendConnection:
+    backend = Backend(
+        data_dir=data,
+        scratch_dir=_scratch_dir(),
+        open_engines=lambda name: open_engines(name, resolve_model(name, paths), engines),
+        on_metrics=metrics.put,
+        base_models=base_models,
+    )
+    return BackendConnection(backend)
+
+
+def _disconnect(connection: BackendConnection) -> None:
+    if not connection.closed:
+        connection.submit(connection.backend.close()).result(timeout=CLOSE_TIMEOUT_S)
+        connection.close()
+
+
+def _scratch_dir() -> Path:
+    """A fresh directory for versions that live only while someone samples from them: in RAM where the system has a RAM disk."""
+    ram = Path("/dev/shm")
+    directory = Path(tempfile.mkdtemp(prefix="ptlab-", dir=ram if os.access(ram, os.W_OK) else None))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)  # for a process that ends without closing its backend
+    return directory
+
+
+def resolve_model(name: str, paths: Mapping[str, str]) -> str:
+    """What the engines load for a model name: its directory from the config, the quickstart model (made on first use), or the name."""
+    if name in paths:
+        return paths[name]
+    from ptlab import quickstart  # engines are imported where they are opened: `import ptlab` stays quick
+
+    if name == quickstart.MODEL_NAME:
+        return str(quickstart.ensure_quickstart_model())
+    return name
+
+
+def open_engines(name: str, path: str, config: EnginesConfig) -> Engines:
+    """Load trainer, sampler and tokenizer of one base model. Takes seconds to minutes.
+
+    Raises: ConfigError if there is no such model.
+    """
+    from ptlab.engines.base_model import load_tokenizer
+
+    trainer = _open_trainer(name, path, config.trainer)
+    return Engines(trainer=trainer, sampler=_open_sampler(name, path, config.sampler, trainer), tokenizer=load_tokenizer(path))
+
+
+def _open_trainer(name: str, path: str, config: PeftTrainerConfig) -> Trainer:
+    match config.kind:
+        case "peft":
+            import torch
+
+            from ptlab.engines.peft_trainer import PeftTrainer
+
+            on_gpu = torch.cuda.is_available()
+            trainer = PeftTrainer(
+                path,
+                name=name,
+                dtype=config.dtype,
+                tokens_per_micro_batch=config.tokens_per_micro_batch,
+                gradient_checkpointing=on_gpu,
+            )
+            if not on_gpu and trainer.num_parameters < SMALL_MODEL_PARAMETERS:
+                torch.set_num_threads(1)
+            return trainer
+
+
+def _open_sampler(name: str, path: str, config: TorchSamplerConfig, trainer: Trainer) -> Sampler:
+    match config.kind:
+        case "torch":
+            from ptlab.engines.torch_sampler import TorchSampler
+
+            return TorchSampler(path, name=name, dtype=trainer.info.dtype if config.dtype == "auto" else config.dtype)

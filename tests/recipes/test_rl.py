@@ -1,0 +1,361 @@
+"""The whole loop on the real backend and clients, with engines that are a unigram model: what is learnt, skipped, logged and resumed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ptlab import runlog
+from ptlab.backend.backend import Backend
+from ptlab.client.connection import BackendConnection
+from ptlab.client.service import ServiceClient
+from ptlab.config import RunConfig
+from ptlab.engines.protocols import Engines
+from ptlab.engines.scripted import ScriptedSampler, ScriptedTrainer
+from ptlab.errors import ConfigError, EngineError
+from ptlab.recipes import rl
+from ptlab.rl.advantages import group_centred
+from ptlab.rl.types import Env, EnvGroupBuilder, RLDataset, StepResult, Task
+from ptlab.runlog import RunLog
+from ptlab.types import ModelInput
+
+WANTED = 3
+
+
+class Tokenizer:
+    def decode(self, tokens: list[int]) -> str:
+        return " ".join(map(str, tokens))
+
+
+@dataclass
+class WantedTokenEnv(Env):
+    """Pays the share of sampled tokens that are WANTED."""
+
+    builder: UnigramBuilder
+
+    async def initial_observation(self):
+        return ModelInput.from_ints([0, 1]), None
+
+    async def step(self, action, *, extra=None):
+        self.builder.on_step(self.builder.step)
+        share = action.count(WANTED) / len(action)
+        return StepResult(
+            reward=1.0 if self.builder.constant else share,
+            episode_done=True,
+            next_observation=ModelInput.empty(),
+            next_stop_condition=None,
+            metrics={"correct": float(share > 0.5)},
+        )
+
+
+@dataclass
+class UnigramBuilder(EnvGroupBuilder):
+    step: int = 0
+    group_size: int = 1
+    constant: bool = False
+    on_step: Callable[[int], None] = lambda step: None
+
+    async def make_envs(self):
+        return [WantedTokenEnv(self) for _ in range(self.group_size)]
+
+
+@dataclass
+class UnigramDataset(RLDataset):
+    constant_at: frozenset[int] = frozenset()
+    on_step: Callable[[int], None] = lambda step: None
+    asked: list[int] = field(default_factory=list)
+
+    def get_batch(self, index):
+        self.asked.append(index)
+        return [UnigramBuilder(step=index, group_size=8, constant=index in self.constant_at, on_step=self.on_step) for _ in range(4)]
+
+    def __len__(self):
+        return 10
+
+
+def config_for(directory: Path, **changes: Any) -> RunConfig:
+    sections = {
+        "name": "run",
+        "run_dir": str(directory / "runs"),
+        "steps": 4,
+        "model": {"name": "m", "renderer": "none"},
+        "rollout": {"max_tokens": 4},
+        "optim": {"learning_rate": 0.3, "schedule": "linear"},
+        "eval": {"every": 2},
+        "checkpoint": {"every": 2},
+    }
+    return RunConfig.model_validate(sections | changes)
+
+
+@contextmanager
+def service(directory: Path, sampler: ScriptedSampler | None = None) -> Iterator[ServiceClient]:
+    backend = Backend(
+        data_dir=directory / "data",
+        scratch_dir=directory / "scratch",
+        open_engines=lambda name: Engines(trainer=ScriptedTrainer(), sampler=sampler or ScriptedSampler(), tokenizer=Tokenizer()),
+        on_metrics=lambda metrics: None,
+        base_models=["m"],
+    )
+    connection = BackendConnection(backend)
+    try:
+        yield ServiceClient(connection=connection)
+    finally:
+        connection.submit(backend.close()).result()
+        connection.close()
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """Run the recipe in a fresh process's worth of backend; returns the rows of metrics.jsonl."""
+    monkeypatch.setattr(runlog, "draw_curves", lambda *args, **kwargs: None)  # a second each, and not the question here
+
+    def run(dataset: UnigramDataset, *, folder: str = "a", resume: bool = False, sampler: ScriptedSampler | None = None, **changes: Any):
+        directory = tmp_path / folder
+        monkeypatch.setattr(rl, "get_renderer", lambda name, tokenizer: None)
+        monkeypatch.setattr(rl, "make_task", lambda config, renderer: Task(train=dataset, test_P=[UnigramBuilder() for _ in range(5)]))
+        config = config_for(directory, **changes)
+        with RunLog.open(config, resume=resume, echo=lambda line: None) as log, service(directory, sampler) as client:
+            asyncio.run(rl.run(config, client, log))
+        return rows(directory)
+
+    return run
+
+
+def rows(directory: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (directory / "runs" / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_time(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in metrics]
+
+
+@pytest.mark.parametrize("loss", ["importance_sampling", "ppo", "cispo", "dro", "gspo"])
+def test_three_steps_raise_the_reward_and_a_wrong_sign_lowers_it(train, monkeypatch, loss):
+    settings = {"loss": {"name": loss}, "steps": 3, "optim": {"learning_rate": 0.3}}
+    right = train(UnigramDataset(), folder="right", **settings)
+    monkeypatch.setattr(rl, "group_centred", lambda rewards_G: [-a for a in group_centred(rewards_G)])
+    wrong = train(UnigramDataset(), folder="wrong", **settings)
+    assert right[0]["reward/mean"] == wrong[0]["reward/mean"]  # the same first samples
+    assert right[2]["reward/mean"] > right[0]["reward/mean"] + 0.05
+    assert wrong[2]["reward/mean"] < wrong[0]["reward/mean"] - 0.05
+
+
+def test_a_row_tells_what_happened_in_its_step(train):
+    first, *_, last = train(UnigramDataset())
+    assert first["step"] == 0 and last["step"] == 4
+    assert (first["groups/total"], first["batch/skipped"], first["answer/tokens_mean"]) == (4, 0, 4.0)
+    assert first["optim/learning_rate"] == pytest.approx(0.3) and first["policy/staleness_max_steps"] == 0
+    assert abs(first["gap/kl_sampler_trainer_nats"]) < 1e-6 and first["gap/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+    evaluated = {"eval/accuracy", "eval/accuracy_greedy", "eval/tokens_mean", "eval/tokens_mean_greedy", "time/eval_s", "time/step_s"}
+    assert evaluated | {"reward/std", "loss/sum", "time/sample_s", "time/train_s", "time/sync_s"} <= set(first)
+    assert first["time/tokens_per_second"] > 0
+    assert set(last) == {"step"} | evaluated
+
+
+def test_sampler_and_trainer_stay_together_over_the_steps(train):
+    metrics = train(UnigramDataset())[:-1]
+    assert [row["policy/staleness_max_steps"] for row in metrics] == [0.0] * 4
+    assert all(abs(row["gap/max_nats"]) < 1e-5 for row in metrics)
+    assert [row["optim/learning_rate"] for row in metrics] == pytest.approx([0.3, 0.225, 0.15, 0.075])
+
+
+def test_a_batch_where_every_group_agrees_takes_no_step_and_says_so(train):
+    metrics = train(UnigramDataset(constant_at=frozenset({1})))
+    assert [row["batch/skipped"] for row in metrics[:-1]] == [0, 1, 0, 0]
+    assert (metrics[1]["groups/skipped"], metrics[1]["groups/total"]) == (4, 4)
+    assert "loss/sum" not in metrics[1] and "time/train_s" not in metrics[1]
+    assert metrics[2]["policy/staleness_max_steps"] == 0
+
+
+def test_without_datums_the_optimizer_is_left_alone(train, monkeypatch):
+    def optim_step(self, model_id, adam):
+        raise AssertionError("AdamW would decay the weights and advance its moments")
+
+    monkeypatch.setattr(ScriptedTrainer, "optim_step", optim_step)
+    metrics = train(UnigramDataset(constant_at=frozenset(range(4))))
+    assert [row["batch/skipped"] for row in metrics[:-1]] == [1] * 4
+
+
+def crash_at(step: int) -> Callable[[int], None]:
+    def check(now: int) -> None:
+        if now == step:
+            raise SystemExit(f"crash in step {now}")
+
+    return check
+
+
+def test_a_crashed_run_resumes_and_repeats_what_the_unbroken_one_did(train):
+    settings = {"steps": 6, "checkpoint": {"every": 2}, "eval": {"every": 3}}
+    whole = train(UnigramDataset(constant_at=frozenset({1})), folder="whole", **settings)
+    with pytest.raises(SystemExit):
+        train(UnigramDataset(constant_at=frozenset({1}), on_step=crash_at(5)), folder="broken", **settings)
+    dataset = UnigramDataset(constant_at=frozenset({1}))
+    resumed = train(dataset, folder="broken", resume=True, **settings)
+    assert dataset.asked == [4, 5]  # from the checkpoint of step 4, not from the crash
+    assert without_time(resumed) == without_time(whole)
+    assert len(whole) == 7
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on(train, tmp_path, number):
+    whole = train(UnigramDataset(), folder="whole")
+
+    def interrupt(step: int) -> None:
+        if step == 1 and not sent:
+            sent.append(step)
+            os.kill(os.getpid(), number)
+
+    sent: list[int] = []
+    before = signal.getsignal(signal.SIGTERM)
+    stopped = train(UnigramDataset(on_step=interrupt), folder="stopped", checkpoint={"every": 0})
+    assert len(stopped) in (1, 2)
+    assert signal.getsignal(signal.SIGTERM) == before
+    states = [json.loads(line) for line in (tmp_path / "stopped" / "runs" / "run" / "checkpoints.jsonl").read_text().splitlines()]
+    assert [state["step"] for state in states] in ([1], [2])
+    resumed = train(UnigramDataset(), folder="stopped", resume=True, checkpoint={"every": 0})
+    assert without_time(resumed) == without_time(whole)
+
+
+def test_a_signal_while_training_ends_the_run_after_that_step(train, tmp_path, monkeypatch):
+    whole = train(UnigramDataset(), folder="whole")
+    forward_backward, calls = ScriptedTrainer.forward_backward, []
+
+    def interrupting(self, model_id, data, loss):
+        calls.append(model_id)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+        return forward_backward(self, model_id, data, loss)
+
+    monkeypatch.setattr(ScriptedTrainer, "forward_backward", interrupting)
+    assert len(train(UnigramDataset(), folder="stopped", checkpoint={"every": 0})) == 2
+    states = [json.loads(line) for line in (tmp_path / "stopped" / "runs" / "run" / "checkpoints.jsonl").read_text().splitlines()]
+    assert [state["step"] for state in states] == [2]
+    resumed = train(UnigramDataset(), folder="stopped", resume=True, checkpoint={"every": 0})
+    assert without_time(resumed) == without_time(whole)
+
+
+def test_a_finished_run_can_be_resumed_to_more_steps(train):
+    settings = {"optim": {"learning_rate": 0.3}}
+    whole = train(UnigramDataset(), folder="whole", steps=4, **settings)
+    train(UnigramDataset(), folder="short", steps=2, **settings)
+    assert without_time(train(UnigramDataset(), folder="short", resume=True, steps=4, **settings)) == without_time(whole)
+
+
+def test_eval_and_checkpoints_can_be_switched_off(train, tmp_path):
+    metrics = train(UnigramDataset(), eval={"every": 0}, checkpoint={"every": 0})
+    assert len(metrics) == 4 and not any("eval/accuracy" in row for row in metrics)
+    states = [json.loads(line) for line in (tmp_path / "a" / "runs" / "run" / "checkpoints.jsonl").read_text().splitlines()]
+    assert [(state["step"], state["kind"]) for state in states] == [(4, "state"), (4, "sampler")]
+    assert states[1]["path"].endswith("/sampler_weights/final")
+
+
+def test_transcripts_ask_the_same_questions_before_and_after(train, tmp_path):
+    train(UnigramDataset())
+    transcripts = [json.loads(line) for line in (tmp_path / "a" / "runs" / "run" / "transcripts.jsonl").read_text().splitlines()]
+    evals = [row for row in transcripts if row["split"] == "eval"]
+    assert {row["step"] for row in evals} == {0, 2, 4}
+    assert evals[0]["response"] == "7 7 7 7"  # greedy: the base's likeliest token
+    assert evals[-1]["response"] == "3 3 3 3"
+    assert {row["split"] for row in transcripts} == {"train", "eval"}
+
+
+def test_a_sampler_that_fails_ends_the_run_with_its_error(train):
+    class Broken(ScriptedSampler):
+        async def sample(self, call):
+            if call.num_samples == 8:
+                raise EngineError("out of memory")
+            return await super().sample(call)
+
+    with pytest.raises(EngineError, match="out of memory"):
+        train(UnigramDataset(), sampler=Broken())
+
+
+def test_side_metrics_join_the_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(runlog, "draw_curves", lambda *args, **kwargs: None)
+    monkeypatch.setattr(rl, "get_renderer", lambda name, tokenizer: None)
+    monkeypatch.setattr(rl, "make_task", lambda config, renderer: Task(train=UnigramDataset(), test_P=[UnigramBuilder()]))
+    config = config_for(tmp_path, steps=1)
+    with RunLog.open(config, echo=lambda line: None) as log, service(tmp_path) as client:
+        asyncio.run(rl.run(config, client, log, side_metrics=lambda: {"sync/version": 1.0}))
+    assert [row["sync/version"] for row in rows(tmp_path)] == [1.0, 1.0]
+
+
+def test_both_training_requests_are_queued_before_either_is_awaited(tmp_path, monkeypatch):
+    """Fake clients: what is called, and in which order it is waited for."""
+    events: list[str] = []
+
+    class Stop(Exception):
+        pass
+
+    @dataclass
+    class Pending:
+        name: str
+        value: Any = None
+
+        def __await__(self):
+            events.append(f"await {self.name}")
+            if self.name == "optim_step":
+                raise Stop
+            yield from ()
+            return self.value
+
+    class Training:
+        def forward_backward(self, data, loss_fn, loss_fn_config=None):
+            events.append("forward_backward")
+            return Pending("forward_backward")
+
+        def optim_step(self, params):
+            events.append("optim_step")
+            return Pending("optim_step")
+
+        def get_tokenizer(self):
+            return Tokenizer()
+
+        def save_weights_and_get_sampling_client(self):
+            return Pending("sampling_client", self)
+
+    class Service:
+        def create_lora_training_client(self, **kwargs):
+            return Pending("training_client", Training())
+
+    monkeypatch.setattr(rl, "get_renderer", lambda name, tokenizer: None)
+    monkeypatch.setattr(rl, "make_task", lambda config, renderer: Task(train=UnigramDataset(), test_P=[]))
+    monkeypatch.setattr(rl.datums, "group_to_datums", lambda group, advantages, loss: ["datum"])
+    monkeypatch.setattr(rl, "group_centred", lambda rewards: rewards)
+    groups = [type("Group", (), {"rewards_G": []})()]
+
+    async def one_group(*args, **kwargs):
+        return groups
+
+    monkeypatch.setattr(rl.rollout, "run_groups", one_group)
+    monkeypatch.setattr(rl.diagnostics, "newest_version", lambda groups: 0)
+    config = config_for(tmp_path, eval={"every": 0})
+    with RunLog.open(config, echo=lambda line: None) as log, pytest.raises(Stop):
+        asyncio.run(rl.run(config, Service(), log))
+    assert events[2:] == ["forward_backward", "optim_step", "await forward_backward", "await optim_step"]
+
+
+def test_the_task_follows_the_config(tmp_path):
+    env = {"kind": "addition", "groups_per_step": 3, "group_size": 5, "num_test": 7, "reward": "random"}
+    addition = rl.make_task(config_for(tmp_path, env=env), None)
+    assert len(addition.train.get_batch(0)) == 3 and len(addition.test_P) == 7
+    [builder, *_] = addition.train.get_batch(0)
+    assert builder.group_size == 5 and builder.coin_seed is not None
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "q", "answer": "1"}\n')
+    local = {"kind": "gsm8k", "train_path": str(path), "test_path": str(path), "groups_per_step": 2, "format_coef": 0.25, "few_shot": True}
+    [builder, *_] = rl.make_task(config_for(tmp_path, env=local), None).train.get_batch(0)
+    assert builder.form.format_coef == 0.25 and len(builder.form.prefix) == 2
+    with pytest.raises(ConfigError):
+        rl.make_task(config_for(tmp_path, env={**local, "train_path": str(tmp_path / "gone.jsonl")}), None)
