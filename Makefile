@@ -1,5 +1,5 @@
 # ptlab: `make quickstart` trains, `make test` tests; both install what they need into .venv first.
-# PYTHON=... chooses the interpreter, TORCH=cpu|cuda overrules the choice of torch, ARGS=... adds arguments.
+# PYTHON=... chooses the interpreter, TORCH=cpu|cuda overrules the choice of builds, WITH_VLLM=0 leaves vLLM out, ARGS=... adds arguments.
 
 SHELL := /bin/bash
 VENV  ?= .venv
@@ -7,30 +7,34 @@ BIN   := $(VENV)/bin
 # One thread: two OpenMP threads on busy cores spin at their barriers and are several times slower (docs/quickstart.md).
 export OMP_NUM_THREADS ?= 1
 
+# A quickstart without vLLM says so on its command line; every other config is the user's choice. $(wildcard) would read a stale directory.
+SAMPLER = $(shell ls -d $(VENV)/lib/python3*/site-packages/vllm >/dev/null 2>&1 || echo --set engines.sampler.kind=torch)
+SETUP  := $(VENV)/.setup$(if $(filter 0,$(WITH_VLLM)),-without-vllm)
+
 .PHONY: help setup quickstart test lint types ci clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   train the quickstart model (about two minutes on a CPU)"
 	@echo "make test         run the tests"
-	@echo "make setup        only install into $(VENV)"
+	@echo "make setup        only install into $(VENV), and look whether all is well (ptlab doctor)"
 	@echo "make lint types   ruff, mypy"
 	@echo "make ci           all of the above, as continuous integration does"
 	@echo "make clean        remove caches (not $(VENV), not runs/)"
 
 # Stamps: each runs again only when what it installs from has changed.
-$(VENV)/.setup: pyproject.toml scripts/setup_venv.sh
+$(SETUP): pyproject.toml scripts/setup_venv.sh $(wildcard requirements/*.txt)
 	@scripts/setup_venv.sh $(VENV)
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.setup
-	@$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[dev]'
+$(VENV)/.dev: $(SETUP)
+	@scripts/setup_venv.sh $(VENV) dev
 	@touch $@
 
-setup: $(VENV)/.setup
+setup: $(SETUP)
 
-quickstart: $(VENV)/.setup
-	$(BIN)/python scripts/train.py --config configs/quickstart.yaml $(if $(findstring --resume,$(ARGS)),,--overwrite) $(ARGS)
+quickstart: $(SETUP)
+	$(BIN)/python scripts/train.py --config configs/quickstart.yaml $(SAMPLER) $(if $(findstring --resume,$(ARGS)),,--overwrite) $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)

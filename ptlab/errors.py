@@ -8,6 +8,8 @@
       BusyError                        try again later; the only error meant to be retried
       CheckpointError(RuntimeError)    missing, torn, or written under another base model, rank or alpha
       EngineError(RuntimeError)        the trainer or sampler failed; carries engine and operation; __cause__ kept
+        EngineLostError                  the engine died with the request and is being replaced; sending it again is safe
+        NotServedError                   this engine has no right answer to a valid request; another one has
         WeightSyncError                  the sampler does not hold what the trainer published
       EnvError(RuntimeError)           the environment broke (not: the model answered badly)
         SandboxError
@@ -82,6 +84,14 @@ class EngineError(PtlabError, RuntimeError):
 
 def _rebuild_engine_error(kind: type[EngineError], message: str, engine: str, operation: str) -> EngineError:
     return kind(message, engine=engine, operation=operation)
+
+
+class EngineLostError(EngineError):
+    """The engine died with the request and is being replaced. Nothing was answered; sending the request again is safe."""
+
+
+class NotServedError(EngineError):
+    """This engine has no right answer to a valid request; another engine has. Nothing was computed."""
 
 
 class WeightSyncError(EngineError):

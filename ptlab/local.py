@@ -7,6 +7,7 @@ Two ways in: `open_service(config)` for a recipe (checkpoints in the run directo
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
@@ -15,17 +16,28 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from ptlab.backend.backend import Backend
 from ptlab.client import rest, service
 from ptlab.client.connection import BackendConnection, Session
-from ptlab.config import EnginesConfig, PeftTrainerConfig, RunConfig, TorchSamplerConfig
-from ptlab.engines.protocols import Engines, Sampler, Trainer
+from ptlab.config import EnginesConfig, PeftTrainerConfig, RunConfig, TorchSamplerConfig, VllmSamplerConfig
+from ptlab.engines.protocols import Engines, Sampler
+
+if TYPE_CHECKING:
+    from ptlab.engines.memory_plan import MemoryPlan
+    from ptlab.engines.peft_trainer import PeftTrainer
 
 SMALL_MODEL_PARAMETERS = 50_000_000
 """Below this, one CPU thread beats several: two threads on busy cores spin at their barriers (docs/LOG.md)."""
 CLOSE_TIMEOUT_S = 60.0
+DEFAULT_MAX_LORA_RANK = 64
+"""Of `ServiceClient()`, which cannot know what ranks will come; vLLM takes memory for the largest."""
+MIN_RAM_DISK_BYTES = 2**30
+"""Less is not worth it: containers often have a RAM disk of 64 MiB, an adapter of an 8B model takes 175."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +90,15 @@ def open_service(config: RunConfig) -> Iterator[LocalService]:
     """A service for one run: the config's model and engines, checkpoints below the run directory. Closes everything at the end."""
     metrics = MetricsBox()
     paths = {config.model.name: config.model.path} if config.model.path else {}
-    connection = _connect(config.directory / "checkpoints", config.engines, paths, metrics, base_models=(config.model.name,))
+    connection = _connect(
+        config.directory / "checkpoints",
+        config.engines,
+        paths,
+        metrics,
+        max_lora_rank=config.lora.rank,
+        base_models=(config.model.name,),
+        unembed=config.lora.unembed,
+    )
     try:
         with ServiceClient(connection=connection, display_name=config.name) as client:
             yield LocalService(client, metrics)
@@ -95,18 +115,35 @@ def data_dir() -> Path:
 
 @cache
 def _default_connection() -> BackendConnection:
-    return _connect(data_dir(), EnginesConfig(), {}, MetricsBox())  # lives as long as the process, on daemon threads
+    """Lives as long as the process, on daemon threads."""
+    return _connect(data_dir(), default_engines(), {}, MetricsBox(), max_lora_rank=DEFAULT_MAX_LORA_RANK)
+
+
+def default_engines() -> EnginesConfig:
+    """vLLM where it is installed, else the torch sampler, with a warning that says what to do."""
+    if find_spec("vllm") is not None:
+        return EnginesConfig()
+    logger.warning("vLLM is not installed: sampling with the slower torch sampler (`ptlab doctor` says more)")
+    return EnginesConfig(sampler=TorchSamplerConfig())
 
 
 def _connect(
-    data: Path, engines: EnginesConfig, paths: Mapping[str, str], metrics: MetricsBox, base_models: tuple[str, ...] = ()
+    data: Path,
+    engines: EnginesConfig,
+    paths: Mapping[str, str],
+    metrics: MetricsBox,
+    *,
+    max_lora_rank: int,
+    base_models: tuple[str, ...] = (),
+    unembed: Literal["auto", "require"] = "auto",
 ) -> BackendConnection:
     backend = Backend(
         data_dir=data,
-        scratch_dir=_scratch_dir(),
-        open_engines=lambda name: open_engines(name, resolve_model(name, paths), engines),
+        scratch_dir=_scratch_dir(engines.scratch_dir),
+        open_engines=lambda name: open_engines(name, resolve_model(name, paths), engines, max_lora_rank),
         on_metrics=metrics.put,
         base_models=base_models,
+        unembed=unembed,
     )
     return BackendConnection(backend)
 
@@ -117,10 +154,15 @@ def _disconnect(connection: BackendConnection) -> None:
         connection.close()
 
 
-def _scratch_dir() -> Path:
-    """A fresh directory for versions that live only while someone samples from them: in RAM where the system has a RAM disk."""
+def _scratch_dir(wanted: str | None) -> Path:
+    """A fresh directory for versions that live only while someone samples from them: in RAM where there is room for some."""
     ram = Path("/dev/shm")
-    directory = Path(tempfile.mkdtemp(prefix="ptlab-", dir=ram if os.access(ram, os.W_OK) else None))
+    parent = Path(wanted).expanduser() if wanted else ram
+    if wanted:
+        parent.mkdir(parents=True, exist_ok=True)
+    elif not os.access(ram, os.W_OK) or shutil.disk_usage(ram).free < MIN_RAM_DISK_BYTES:
+        parent = Path(tempfile.gettempdir())
+    directory = Path(tempfile.mkdtemp(prefix="ptlab-", dir=parent))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)  # for a process that ends without closing its backend
     return directory
 
@@ -136,40 +178,75 @@ def resolve_model(name: str, paths: Mapping[str, str]) -> str:
     return name
 
 
-def open_engines(name: str, path: str, config: EnginesConfig) -> Engines:
+def open_engines(name: str, path: str, config: EnginesConfig, max_lora_rank: int) -> Engines:
     """Load trainer, sampler and tokenizer of one base model. Takes seconds to minutes.
 
-    Raises: ConfigError if there is no such model.
+    Args:
+        max_lora_rank: largest rank the sampler must serve, unless the config says another.
+    Raises: ConfigError if there is no such model, or the sampler is not installed.
     """
     from ptlab.engines.base_model import load_tokenizer
 
-    trainer = _open_trainer(name, path, config.trainer)
-    return Engines(trainer=trainer, sampler=_open_sampler(name, path, config.sampler, trainer), tokenizer=load_tokenizer(path))
-
-
-def _open_trainer(name: str, path: str, config: PeftTrainerConfig) -> Trainer:
-    match config.kind:
+    match config.trainer.kind:
         case "peft":
-            import torch
-
-            from ptlab.engines.peft_trainer import PeftTrainer
-
-            on_gpu = torch.cuda.is_available()
-            trainer = PeftTrainer(
-                path,
-                name=name,
-                dtype=config.dtype,
-                tokens_per_micro_batch=config.tokens_per_micro_batch,
-                gradient_checkpointing=on_gpu,
-            )
-            if not on_gpu and trainer.num_parameters < SMALL_MODEL_PARAMETERS:
-                torch.set_num_threads(1)
-            return trainer
+            trainer = _open_peft(name, path, config.trainer)
+    return Engines(
+        trainer=trainer, sampler=_open_sampler(name, path, config.sampler, trainer, max_lora_rank), tokenizer=load_tokenizer(path)
+    )
 
 
-def _open_sampler(name: str, path: str, config: TorchSamplerConfig, trainer: Trainer) -> Sampler:
+def _open_peft(name: str, path: str, config: PeftTrainerConfig) -> PeftTrainer:
+    import torch
+
+    from ptlab.engines.peft_trainer import PeftTrainer
+
+    on_gpu = torch.cuda.is_available()
+    trainer = PeftTrainer(
+        path, name=name, dtype=config.dtype, tokens_per_micro_batch=config.tokens_per_micro_batch, gradient_checkpointing=on_gpu
+    )
+    if not on_gpu and trainer.num_parameters < SMALL_MODEL_PARAMETERS:
+        torch.set_num_threads(1)
+    return trainer
+
+
+def _open_sampler(
+    name: str, path: str, config: TorchSamplerConfig | VllmSamplerConfig, trainer: PeftTrainer, max_lora_rank: int
+) -> Sampler:
+    dtype = trainer.info.dtype if config.dtype == "auto" else config.dtype
     match config.kind:
         case "torch":
             from ptlab.engines.torch_sampler import TorchSampler
 
-            return TorchSampler(path, name=name, dtype=trainer.info.dtype if config.dtype == "auto" else config.dtype)
+            return TorchSampler(path, name=name, dtype=dtype)
+        case "vllm":
+            from ptlab.engines.vllm_sampler import VllmSampler
+
+            rank = config.max_lora_rank or max_lora_rank
+            plan = _gpu_plan(path, config, trainer, rank)
+            return VllmSampler(
+                path,
+                name=name,
+                dtype=dtype,
+                max_context_length=plan.longest_tokens if plan else None,
+                max_loras=config.max_loras,
+                max_lora_rank=rank,
+                engine_args=plan.engine_args if plan else None,
+            )
+
+
+def _gpu_plan(path: str, config: VllmSamplerConfig, trainer: PeftTrainer, lora_rank: int) -> MemoryPlan | None:
+    """How trainer and vLLM share the card; None on a CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    from ptlab.engines.memory_trial import plan_for_gpu
+
+    return plan_for_gpu(
+        trainer,
+        path,
+        num_parameters=trainer.num_parameters,
+        lora_rank=lora_rank,
+        lora_slots=config.max_loras,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+    )

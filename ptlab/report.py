@@ -13,7 +13,7 @@ _MAX_SAMPLES = 3
 
 
 def progress_line(step: int, steps: int, metrics: Mapping[str, Number]) -> str:
-    """Reward, accuracy, tokens per second of sampling, and seconds per phase (`time/<phase>_s`, without time/step_s, their sum).
+    """Reward, accuracy, tokens per second of sampling, and seconds per phase.
 
     A row of step == steps is the evaluation after the last training step.
     """
@@ -38,11 +38,12 @@ def _values(metrics: Mapping[str, Number], keys: Mapping[str, str]) -> list[str]
 
 
 def phase_seconds(metrics: Mapping[str, Number]) -> dict[str, float]:
-    """Seconds of each phase of a step, in the order of the row."""
+    """Seconds of each phase of a step (`time/<phase>_s`), in the order of the row. They add up to time/step_s; time/rollout_s is no phase:
+    it may have begun in an earlier step."""
     return {
         key.removeprefix("time/").removesuffix("_s"): float(value)
         for key, value in metrics.items()
-        if key.startswith("time/") and key.endswith("_s") and key != "time/step_s" and value is not None
+        if key.startswith("time/") and key.endswith("_s") and key not in ("time/step_s", "time/rollout_s") and value is not None
     }
 
 

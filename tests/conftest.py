@@ -57,7 +57,7 @@ def write_tiny_model(directory: Path, *, family: str, tied: bool, seed: int = 0)
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 16,
+        "head_dim": 32,  # the smallest that vLLM has on the CPU
         "max_position_embeddings": TINY_CONTEXT_LENGTH,
         "tie_word_embeddings": tied,
         "initializer_range": 0.2,

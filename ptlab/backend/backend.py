@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ptlab.backend.catalog import Catalog
 from ptlab.backend.checkpoints import CheckpointPath, Checkpoints, Kind, Manifest, Probe, checked, expiry
@@ -52,6 +52,7 @@ class Backend:
         open_engines: makes the engines of a base model by name (blocking). Raises InvalidRequestError for names it cannot serve.
         on_metrics: told the `sync/*` metrics of each weight sync.
         base_models: names to show as supported before anyone has asked for them.
+        unembed: what to do about train_unembed where the sampler cannot serve it: "auto" = train without and warn, "require" = refuse.
     """
 
     def __init__(
@@ -62,7 +63,9 @@ class Backend:
         open_engines: Callable[[str], Engines],
         on_metrics: Callable[[Mapping[str, float]], None],
         base_models: Sequence[str] = (),
+        unembed: Literal["auto", "require"] = "auto",
     ) -> None:
+        self._unembed = unembed
         self._checkpoints = Checkpoints(data_dir)
         self._runs = Runs(data_dir, self._checkpoints)
         self._scratch = scratch_dir
@@ -76,6 +79,7 @@ class Backend:
 
     async def close(self) -> None:
         """End every engine and delete what was only for this process."""
+        self.sampling.forget_all()  # their versions end with the engines
         for task in self._served.values():
             if task.done() and not task.cancelled() and task.exception() is None:
                 await task.result().close()
@@ -148,8 +152,9 @@ class Backend:
 
         async def create() -> str:
             served = await self._serve(base_model)
-            await served.run_in_trainer(lambda: served.engines.trainer.create_adapter(model.model_id, lora))
-            await asyncio.to_thread(self._runs.record, model.model_id, base_model, lora, user_metadata)
+            model.lora = served.servable(lora, self._unembed)
+            await served.run_in_trainer(lambda: served.engines.trainer.create_adapter(model.model_id, model.lora))
+            await asyncio.to_thread(self._runs.record, model.model_id, base_model, model.lora, user_metadata)
             model.served = served
             return model.model_id
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ptlab.backend.checkpoints import CheckpointPath, Checkpoints, Manifest
 from ptlab.backend.served import ServedModel
 from ptlab.engines.protocols import AdapterRef, SampleCall
-from ptlab.errors import CheckpointError, InvalidRequestError, NotFoundError
+from ptlab.errors import CheckpointError, EngineLostError, InvalidRequestError, NotFoundError
 from ptlab.types import GetSamplerResponse, ModelInput, SampleResponse, SamplingParams, TensorData
+
+RESENDS = 2
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,10 @@ class SamplingSessions:
     def add(self, session: SamplingSession) -> None:
         """Open a session on a version of which the session becomes a user."""
         self._open[session.sampling_session_id] = session
+
+    def forget_all(self) -> None:
+        """Drop every session without unloading anything; later releases find nothing to do."""
+        self._open.clear()
 
     def ids_of(self, session_id: str) -> list[str]:
         """Sampling sessions that a client session has open."""
@@ -115,9 +123,46 @@ class SamplingSessions:
             prompt_logprobs_last_n=prompt_logprobs_last_n,
         )
         if session.ref is None:
-            return await session.served.engines.sampler.sample(call)
+            return await _answer(session.served, call)
         session.served.sync.hold(session.ref)
         try:
-            return await session.served.engines.sampler.sample(call)
+            return await _answer(session.served, call)
         finally:
             await asyncio.shield(session.served.sync.release(session.ref))
+
+
+async def _answer(served: ServedModel, call: SampleCall) -> SampleResponse:
+    """Draws from the sampler; scores of the prompt from the trainer where the sampler has no right ones."""
+    drawn = await _sample(served, call if served.scores_prompt_of(call) else without_prompt_scores(call))
+    if served.scores_prompt_of(call):
+        return drawn
+    scores = await served.run_in_trainer(lambda: served.engines.trainer.score_prompt(call))
+    return replace(
+        drawn,
+        prompt_logprobs_np=scores.logprobs_T,
+        topk_prompt_logprobs_np=scores.topk,
+        target_prompt_logprobs=scores.targets,
+        prompt_alt_tokens=scores.alternatives,
+    )
+
+
+async def _sample(served: ServedModel, call: SampleCall) -> SampleResponse:
+    """The sampler's answer. A request lost with its engine is sent again to the engine that replaces it: nothing of it had been answered,
+    and a seed draws the same tokens again."""
+    for _ in range(RESENDS):
+        try:
+            return await served.engines.sampler.sample(call)
+        except EngineLostError as err:
+            logger.warning("%s; sending the request again", err.message)
+    return await served.engines.sampler.sample(call)
+
+
+def without_prompt_scores(call: SampleCall) -> SampleCall:
+    return replace(
+        call,
+        include_prompt_logprobs=False,
+        topk_prompt_logprobs=0,
+        target_prompt_logprobs=None,
+        prompt_alt_tokens_k=0,
+        prompt_logprobs_last_n=None,
+    )

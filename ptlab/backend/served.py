@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from ptlab.backend.weight_sync import WeightSync
-from ptlab.engines.protocols import BaseModelInfo, Engines
-from ptlab.errors import EngineError, PtlabError
+from ptlab.engines.protocols import BaseModelInfo, Engines, SampleCall
+from ptlab.errors import EngineError, InvalidRequestError, PtlabError
+from ptlab.types import LoraConfig
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 class ServedModel:
@@ -36,6 +39,35 @@ class ServedModel:
     @property
     def info(self) -> BaseModelInfo:
         return self.engines.trainer.info
+
+    def scores_prompt_of(self, call: SampleCall) -> bool:
+        """Whether the sampler answers rightly what the call asks about its prompt (also if it asks nothing)."""
+        can = self.engines.sampler.capabilities
+        if (call.target_prompt_logprobs is not None or call.prompt_alt_tokens_k) and not can.arbitrary_prompt_scores:
+            return False
+        asks = call.include_prompt_logprobs or call.topk_prompt_logprobs
+        return can.prompt_logprobs_with_head or not (asks and self.sync.trains_head)
+
+    def servable(self, lora: LoraConfig, unembed: Literal["auto", "require"]) -> LoraConfig:
+        """The adapter that is created when `lora` is asked for: without the output head where the sampler cannot serve one.
+
+        Raises: InvalidRequestError if the rank is beyond the sampler, or the head is required and cannot be served.
+        """
+        can = self.engines.sampler.capabilities
+        if can.max_lora_rank is not None and lora.rank > can.max_lora_rank:
+            raise InvalidRequestError(
+                f"LoRA rank is {lora.rank}; the sampler of {self.info.name} was started for ranks up to {can.max_lora_rank} "
+                f"(engines.sampler.max_lora_rank)"
+            )
+        if not lora.train_unembed or can.lora_on_head:
+            return lora
+        if unembed == "require" or not (lora.train_attn or lora.train_mlp):
+            raise InvalidRequestError(
+                f"train_unembed is set, but the sampler cannot serve an adapter on the output head of {self.info.arch} models; "
+                f"set train_unembed=False, or use the torch sampler (engines.sampler.kind=torch)"
+            )
+        logger.warning("the sampler cannot serve an adapter on the output head of %s: training without it", self.info.name)
+        return lora.model_copy(update={"train_unembed": False})
 
     async def run_in_trainer(self, work: Callable[[], T], /) -> T:
         """Run blocking work on the trainer's one thread, after all that was asked before. Unexpected errors become EngineError."""

@@ -19,6 +19,7 @@ import shutil
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -31,10 +32,21 @@ from ptlab.types import ModelInput, SamplingParams
 
 T = TypeVar("T")
 WriteVersion = Callable[[Callable[[Path], None], Callable[[], Probe]], AdapterRef]
-PROBE_TOKENS = 64
+PROBE_TOKENS, PROBE_SEED = 64, 20261121
+DRAWN_PROMPT, DRAWN_TOKENS = 8, 16
+"""Where the probe has to be drawn: tokens of its prompt, and of each of its PROBE_TOKENS / DRAWN_TOKENS answers."""
 MINIMAL_NOISE_NATS = {"float32": 5e-5, "bfloat16": 5e-2}
 """The floor under the measured floor: a probe of the base alone may show no noise at all where an adapter adds some."""
 ADAPTER_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    """Log-probabilities of the same tokens: from the sampler, from the trainer, and from the trainer's base model."""
+
+    sampler: list[float]
+    trainer: list[float]
+    base: list[float]
 
 
 class RunInTrainer(Protocol):
@@ -47,6 +59,7 @@ class _Live:
 
     ref: AdapterRef
     users: int
+    tensors: frozenset[str]
     delete_files: bool  # an ephemeral version: its directory goes when nobody uses it
 
 
@@ -73,7 +86,7 @@ class WeightSync:
         """Measure how far two correct engines differ on the base model: the scale of every later comparison."""
         info = self.trainer.info
         count = min(PROBE_TOKENS, info.max_context_length - 1)
-        self._probe_tokens = np.random.default_rng(20261121).integers(0, info.vocab_size, count).tolist()
+        self._probe_tokens = np.random.default_rng(PROBE_SEED).integers(0, info.vocab_size, count).tolist()
         self._base_logprobs = await self._trainer_logprobs(None)
         theirs = await self._sampler_logprobs(None)
         gap = _gap(self._base_logprobs, theirs)
@@ -150,6 +163,11 @@ class WeightSync:
                 shutil.rmtree(ref.path, ignore_errors=True)  # at exit the whole scratch directory may be gone already
 
     @property
+    def trains_head(self) -> bool:
+        """Whether a live version changes the output head: in one batch it may disturb how such a sampler scores other prompts."""
+        return any("lm_head" in name for live in self._live.values() for name in live.tensors)
+
+    @property
     def live_versions(self) -> list[AdapterRef]:
         return [live.ref for live in self._live.values()]
 
@@ -162,7 +180,7 @@ class WeightSync:
             except (EngineError, CheckpointError) as err:
                 fault = str(err)
             if fault is None:
-                self._live[ref.name] = _Live(ref, users=1, delete_files=ephemeral)
+                self._live[ref.name] = _Live(ref, 1, await asyncio.to_thread(saved_tensor_names, ref.path), ephemeral)
                 return times
             failures.append(fault)
             await self.sampler.unload_adapter(ref)
@@ -183,37 +201,54 @@ class WeightSync:
         if fault is not None:
             return fault
         begun = time.perf_counter()
-        theirs = await self._sampler_logprobs(ref)
+        if self.sampler.capabilities.prompt_logprobs_with_head:
+            answers = _Answers(await self._sampler_logprobs(ref), probe.logprobs, probe.base_logprobs)
+        else:
+            answers = await self._drawn_answers(ref)
         times["sync/verify_s"] = time.perf_counter() - begun
-        times["sync/verify_gap"] = _gap(probe.logprobs, theirs)
-        return self._probe_fault(probe, theirs)
+        times["sync/verify_gap"] = _gap(answers.trainer, answers.sampler)
+        return self._probe_fault(answers)
 
-    def _probe_fault(self, probe: Probe, theirs: list[float]) -> str | None:
+    async def _drawn_answers(self, ref: AdapterRef) -> _Answers:
+        """The probe for a sampler whose prompt log-probabilities cannot be trusted with this adapter: it draws a few answers, and the
+        trainer scores the drawn tokens under the version's own files."""
+        answers = _Answers([], [], [])
+        params = SamplingParams(max_tokens=DRAWN_TOKENS, seed=PROBE_SEED, stop=[])
+        prompt = self._probe_tokens[:DRAWN_PROMPT]
+        drawn = await self.sampler.sample(
+            SampleCall(prompt=ModelInput.from_ints(prompt), num_samples=PROBE_TOKENS // DRAWN_TOKENS, params=params, adapter=ref)
+        )
+        for sequence in drawn.sequences:
+            answers.sampler.extend(sequence.logprobs or [])
+            for logprobs, adapter in ((answers.trainer, ref), (answers.base, None)):
+                call = _scoring([*prompt, *sequence.tokens], adapter)
+                scores = await self.run_in_trainer(partial(self.trainer.score_prompt, call))
+                assert scores.logprobs_T is not None
+                logprobs.extend(scores.logprobs_T[len(prompt) :].tolist())
+        return answers
+
+    def _probe_fault(self, answers: _Answers) -> str | None:
         """None if the sampler agrees with the trainer, else what it seems to hold instead."""
         allowed = 2 * self.noise_nats
-        gap = _gap(probe.logprobs, theirs)
+        gap = _gap(answers.trainer, answers.sampler)
         if gap <= allowed:
             return None
-        if _gap(probe.base_logprobs, theirs) <= allowed:
+        if _gap(answers.base, answers.sampler) <= allowed:
             suspect = "it answers like the base model, as if no adapter were loaded"
         else:
             suspect = "it holds other weights, perhaps an older version or a damaged copy"
-        return (
-            f"the sampler's log-probabilities on the probe differ from the trainer's by {gap:.3g} nats (allowed {allowed:.3g}): {suspect}"
-        )
+        return f"the sampler's log-probabilities on the probe are {gap:.3g} nats off the trainer's (allowed {allowed:.3g}): {suspect}"
 
     async def _trainer_logprobs(self, model_id: str | None) -> list[float]:
         return _numbers(await self.run_in_trainer(lambda: self.trainer.compute_logprobs(model_id, self._probe_tokens)))
 
     async def _sampler_logprobs(self, ref: AdapterRef | None) -> list[float]:
-        call = SampleCall(
-            prompt=ModelInput.from_ints(self._probe_tokens),
-            num_samples=1,
-            params=SamplingParams(max_tokens=1),
-            adapter=ref,
-            include_prompt_logprobs=True,
-        )
-        return _numbers((await self.sampler.sample(call)).prompt_logprobs or [])
+        return _numbers((await self.sampler.sample(_scoring(self._probe_tokens, ref))).prompt_logprobs or [])
+
+
+def _scoring(tokens: list[int], adapter: AdapterRef | None) -> SampleCall:
+    prompt, params = ModelInput.from_ints(tokens), SamplingParams(max_tokens=1)
+    return SampleCall(prompt=prompt, num_samples=1, params=params, adapter=adapter, include_prompt_logprobs=True)
 
 
 def _coverage_fault(ref: AdapterRef, registered: frozenset[str]) -> str | None:

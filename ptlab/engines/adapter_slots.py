@@ -42,7 +42,7 @@ class AdapterSlots:
                 operation="load_adapter",
             )
         tensors = load_tensors(adapter.path / ADAPTER_FILE)
-        config = _read_config(adapter)
+        config = read_config(adapter)
         slot = f"slot{self._num_loaded}"  # PEFT refuses dots in a name
         self._num_loaded += 1
         try:
@@ -99,7 +99,8 @@ class AdapterSlots:
         return frozenset(landed)
 
 
-def _read_config(adapter: AdapterRef) -> peft.LoraConfig:
+def read_config(adapter: AdapterRef) -> peft.LoraConfig:
+    """The PEFT config in the directory. Raises: CheckpointError if there is none, or it asks for more than plain LoRA matrices."""
     if not (adapter.path / "adapter_config.json").is_file():
         raise CheckpointError(f"{adapter.path}: no adapter_config.json; an adapter directory in PEFT layout is needed")
     config = peft.LoraConfig.from_pretrained(str(adapter.path))

@@ -9,10 +9,11 @@ What a call promises:
 from __future__ import annotations
 
 import gc
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import peft
@@ -21,13 +22,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ptlab.engines import lora as lora_files
+from ptlab.engines.adapter_slots import read_config
 from ptlab.engines.base_model import load_base_model
 from ptlab.engines.batching import pad, plan_micro_batches
-from ptlab.engines.logprobs import output_head, token_logprobs
+from ptlab.engines.logprobs import CHUNK_ELEMENTS, output_head, token_logprobs
+from ptlab.engines.prompt_scores import PromptScorer
+from ptlab.engines.protocols import AdapterRef, PromptScores, SampleCall
+from ptlab.engines.sample_checks import check_call
+from ptlab.engines.token_draw import SEED_MASK
 from ptlab.errors import CheckpointError, EngineError, InvalidRequestError, NotFoundError
 from ptlab.losses import LossCall, loss_inputs, loss_metrics, loss_sum
 from ptlab.types import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, OptimStepResponse, TensorData
 
+T = TypeVar("T")
 ENGINE = "peft trainer"
 OPTIMIZER_FILE, GRADIENTS_FILE = "optimizer.safetensors", "gradients.safetensors"
 
@@ -81,16 +88,27 @@ class PeftTrainer:
         self._head = output_head(self._base)
         self._adapters: dict[str, _Adapter] = {}
         self._num_created = 0
-        self._max_tokens = tokens_per_micro_batch
-        if gradient_checkpointing:
-            self._base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            self._base.enable_input_require_grads()
-            self._base.train()  # transformers checkpoints in train mode only; nothing random may come with it
-            for module in self._base.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = 0.0
-            self._base.config.attention_dropout = 0.0
+        self.set_micro_batch(tokens_per_micro_batch, checkpoint=gradient_checkpointing)
         self._check_head()
+
+    @property
+    def tokens_per_micro_batch(self) -> int:
+        """As set, or less: out of memory makes it smaller."""
+        return self._max_tokens
+
+    def set_micro_batch(self, tokens: int, *, checkpoint: bool) -> None:
+        """Padded tokens in one forward pass from now on, and whether activations are recomputed."""
+        self._max_tokens = tokens
+        self._base.train(checkpoint)  # transformers checkpoints in train mode only; nothing random may come with it
+        if not checkpoint:
+            self._base.gradient_checkpointing_disable()
+            return
+        self._base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._base.enable_input_require_grads()
+        for module in self._base.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        self._base.config.attention_dropout = 0.0
 
     def _check_head(self) -> None:
         """Compare our chunked log-probabilities with the model's own logits on a few tokens."""
@@ -127,8 +145,13 @@ class PeftTrainer:
     def remove_adapter(self, model_id: str) -> None:
         adapter = self._adapter(model_id)
         del self._adapters[model_id]
+        self._detach(adapter.name)
+
+    def _detach(self, name: str) -> None:
+        """Take an adapter out of the model; with the last one the PEFT layers go as well."""
         if self._adapters:
-            self._model.delete_adapter(adapter.name)
+            self._model.set_adapter(next(iter(self._adapters.values())).name)  # PEFT warns when the active one goes
+            self._model.delete_adapter(name)
         else:
             self._base = self._model.unload()
             self._model = None
@@ -229,6 +252,35 @@ class PeftTrainer:
             return score()
         return _without_adapter(self._model, score)
 
+    def score_prompt(self, call: SampleCall) -> PromptScores:
+        tokens = check_call(call, self.info).tokens
+        seed = secrets.randbits(63) if call.params.seed is None else call.params.seed & SEED_MASK
+        scorer = PromptScorer(call, tokens, seed, self._device)
+        chunk = max(1, CHUNK_ELEMENTS // self.info.vocab_size)
+
+        def score() -> PromptScores:
+            with torch.no_grad():
+                ids_BL = torch.tensor([tokens], device=self._device)
+                hidden_TH = self._base.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state[0]
+                for start in range(0, len(tokens), chunk):
+                    scorer.add(self._head(hidden_TH[start : start + chunk]), start)
+            return scorer.scores()
+
+        return _without_adapter(self._model, score) if call.adapter is None else self._borrowing(call.adapter, score)
+
+    def _borrowing(self, adapter: AdapterRef, work: Callable[[], T]) -> T:
+        """Do some work under the weights in a version's directory, which are forgotten afterwards."""
+        name = f"borrowed{self._num_created}"
+        self._num_created += 1
+        self._model = lora_files.attach(self._model, self._base, read_config(adapter), name)
+        try:
+            tensors = lora_files.load_tensors(adapter.path / lora_files.ADAPTER_FILE)
+            lora_files.copy_into(lora_files.adapter_parameters(self._model, name), tensors, adapter.path)
+            self._model.set_adapter(name)
+            return work()
+        finally:
+            self._detach(name)
+
     # -- optimizer
 
     def optim_step(self, model_id: str, adam: AdamParams) -> OptimStepResponse:
@@ -284,11 +336,11 @@ class PeftTrainer:
         adapter.gradients = {name: grad.to(self._device) for name, grad in gradients.items()}
 
 
-def _without_adapter(model: Any, score: Callable[[], list[float | None]]) -> list[float | None]:
+def _without_adapter(model: Any, work: Callable[[], T]) -> T:
     if model is None:
-        return score()
+        return work()
     with model.disable_adapter():
-        return score()
+        return work()
 
 
 def _is_out_of_memory(err: Exception) -> bool:

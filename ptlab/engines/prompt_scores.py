@@ -7,14 +7,12 @@ by the logits of position i - 1, so the first position has no score.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ptlab.engines.protocols import SampleCall
+from ptlab.engines.protocols import PromptScores, SampleCall
 from ptlab.engines.token_draw import PROMPT_STREAM, RowParams, UniformStreams, distribution, inverse_cdf
 from ptlab.types import PromptAltTokens, TensorData, TopkLogprobs
 from ptlab.types.sampled import MASK_LOGPROB
@@ -24,16 +22,6 @@ def wants_scores(call: SampleCall) -> bool:
     """Whether the call asks for anything about its prompt."""
     wanted = call.include_prompt_logprobs or call.topk_prompt_logprobs > 0 or call.prompt_alt_tokens_k > 0
     return wanted or call.target_prompt_logprobs is not None
-
-
-@dataclass(frozen=True, slots=True)
-class PromptScores:
-    """The prompt fields of a SampleResponse; None = not asked for."""
-
-    logprobs_T: NDArray[np.float32] | None
-    topk: TopkLogprobs | None
-    targets: TensorData | None
-    alternatives: PromptAltTokens | None
 
 
 class PromptScorer:

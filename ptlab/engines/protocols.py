@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ptlab.losses import LossCall
 from ptlab.types import (
     AdamParams,
@@ -19,9 +22,11 @@ from ptlab.types import (
     LoraConfig,
     ModelInput,
     OptimStepResponse,
+    PromptAltTokens,
     SampleResponse,
     SamplingParams,
     TensorData,
+    TopkLogprobs,
 )
 
 
@@ -75,6 +80,31 @@ class SampleCall:
     """num_samples unique ids; empty = the sampler makes them."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerCapabilities:
+    """Known once the sampler runs; requests beyond it raise NotServedError or InvalidRequestError, never a wrong answer."""
+
+    max_lora_rank: int | None
+    """Largest rank of an adapter; None = any."""
+    lora_on_head: bool
+    """Adapters may change the output head (train_unembed)."""
+    prompt_logprobs_with_head: bool
+    """Prompt log-probabilities stay right while an adapter on the head is loaded."""
+    arbitrary_prompt_scores: bool
+    """target_prompt_logprobs and prompt_alt_tokens_k are served."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptScores:
+    """What a call asked about its prompt of T tokens; None = not asked for."""
+
+    logprobs_T: NDArray[np.float32] | None
+    """float32 [T], nats; NaN where there is no score (the first position)."""
+    topk: TopkLogprobs | None
+    targets: TensorData | None
+    alternatives: PromptAltTokens | None
+
+
 def lora_alpha(rank: int) -> int:
     """Alpha of every ptlab adapter: 32 at any rank, so the update is scaled by 32 / rank.
 
@@ -109,6 +139,13 @@ class Trainer(Protocol):
         """Log-probability in nats of each token given those before it; the first is None. model_id None = the base model."""
         ...
 
+    def score_prompt(self, call: SampleCall) -> PromptScores:
+        """What the call asks about its prompt, under the weights of call.adapter as they lie in its directory (None = the base model).
+
+        For what a sampler cannot answer (`SamplerCapabilities`). The trainable adapters are not touched.
+        """
+        ...
+
     def save_adapter(self, model_id: str, directory: Path) -> None:
         """PEFT layout, exactly what samplers load and plain PEFT reads."""
         ...
@@ -125,6 +162,9 @@ class Sampler(Protocol):
 
     @property
     def info(self) -> BaseModelInfo: ...
+
+    @property
+    def capabilities(self) -> SamplerCapabilities: ...
 
     async def sample(self, call: SampleCall) -> SampleResponse:
         """Raises: EngineError if call.adapter is not loaded; it never answers from other weights instead."""

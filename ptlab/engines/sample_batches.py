@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ptlab.engines.generation import Draw, Drawn
-from ptlab.engines.prompt_scores import PromptScorer, PromptScores, wants_scores
-from ptlab.engines.protocols import AdapterRef, SampleCall
+from ptlab.engines.prompt_scores import PromptScorer, wants_scores
+from ptlab.engines.protocols import AdapterRef, PromptScores, SampleCall
 from ptlab.engines.sample_checks import CheckedCall
 from ptlab.engines.stop import StopRule
 from ptlab.types import SampledSequence, SampleResponse, TopkLogprobs

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ptlab.engines.protocols import AdapterRef, BaseModelInfo, SampleCall
-from ptlab.errors import EngineError, InvalidRequestError, NotFoundError
+from ptlab.engines.protocols import AdapterRef, BaseModelInfo, PromptScores, SampleCall, SamplerCapabilities
+from ptlab.errors import EngineError, InvalidRequestError, NotFoundError, NotServedError
 from ptlab.losses import LossCall, loss_inputs, loss_metrics, loss_sum
 from ptlab.types import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, OptimStepResponse, SampledSequence, SampleResponse, TensorData
 
@@ -91,6 +91,14 @@ class ScriptedTrainer:
         delta_V = torch.zeros(self.info.vocab_size) if model_id is None else self._adapter(model_id).delta_V.detach()
         return _score(base_logits(self.info.vocab_size) + delta_V, tokens)
 
+    def score_prompt(self, call: SampleCall) -> PromptScores:
+        """Prompt log-probabilities only."""
+        logits_V = base_logits(self.info.vocab_size)
+        if call.adapter is not None:
+            logits_V = logits_V + load_file(call.adapter.path / "adapter_model.safetensors")[TENSOR]
+        logprobs_T = np.array([np.nan, *_score(logits_V, call.prompt.to_ints())[1:]], dtype=np.float32)
+        return PromptScores(logprobs_T=logprobs_T, topk=None, targets=None, alternatives=None)
+
     def save_adapter(self, model_id: str, directory: Path) -> None:
         save_file({TENSOR: self._adapter(model_id).delta_V.detach()}, directory / "adapter_model.safetensors")
 
@@ -126,11 +134,16 @@ class ScriptedSampler:
     load: Callable[[AdapterRef], Tensor | None] = lambda ref: load_file(ref.path / "adapter_model.safetensors")[TENSOR]
     loaded: dict[str, Tensor] = field(default_factory=dict)
     num_requests: int = 0
+    lora_on_head: bool = True
+    scores_prompts: bool = True
+    """False = prompt log-probabilities are refused, as of an engine that gets them wrong."""
 
     async def sample(self, call: SampleCall) -> SampleResponse:
         tokens = call.prompt.to_ints()
         if call.adapter is not None and call.adapter.name not in self.loaded:
             raise EngineError(f"adapter {call.adapter.name} is not loaded", engine="scripted sampler", operation="sample")
+        if call.include_prompt_logprobs and not self.scores_prompts and call.adapter is not None:
+            raise NotServedError("no prompt log-probabilities with an adapter", engine="scripted sampler", operation="sample")
         self.num_requests += 1
         logits_V = base_logits(self.info.vocab_size)
         if call.adapter is not None:
@@ -160,6 +173,12 @@ class ScriptedSampler:
             else None
         )
         return SampleResponse(sequences=sequences, prompt_logprobs_np=scored)
+
+    @property
+    def capabilities(self) -> SamplerCapabilities:
+        return SamplerCapabilities(
+            max_lora_rank=None, lora_on_head=self.lora_on_head, prompt_logprobs_with_head=self.scores_prompts, arbitrary_prompt_scores=False
+        )
 
     async def load_adapter(self, adapter: AdapterRef) -> frozenset[str]:
         delta_V = self.load(adapter)

@@ -23,7 +23,7 @@ from ptlab.engines.base_model import eos_token_ids, load_base_model, load_tokeni
 from ptlab.engines.decode_attention import use_decode_attention
 from ptlab.engines.generation import Draw, generate
 from ptlab.engines.kv_cache import bytes_per_token
-from ptlab.engines.protocols import AdapterRef, BaseModelInfo, SampleCall
+from ptlab.engines.protocols import AdapterRef, BaseModelInfo, SampleCall, SamplerCapabilities
 from ptlab.engines.sample_batches import Batch, BatchInputs, Job, plan_batches
 from ptlab.engines.sample_checks import check_call
 from ptlab.engines.stop import StopRule, StopTexts, resolve_stop
@@ -95,6 +95,10 @@ class TorchSampler:
     @property
     def info(self) -> BaseModelInfo:
         return self._info
+
+    @property
+    def capabilities(self) -> SamplerCapabilities:
+        return SamplerCapabilities(max_lora_rank=None, lora_on_head=True, prompt_logprobs_with_head=True, arbitrary_prompt_scores=True)
 
     # -- the front: any thread, any loop
 

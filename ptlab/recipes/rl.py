@@ -15,7 +15,8 @@ from ptlab.renderers import Renderer, get_renderer
 from ptlab.rl import datums, diagnostics, rollout
 from ptlab.rl.advantages import group_centred
 from ptlab.rl.evaluation import evaluate
-from ptlab.rl.types import EnvGroupBuilder, Task
+from ptlab.rl.prefetch import Prefetch
+from ptlab.rl.types import EnvGroupBuilder, Task, TrajectoryGroup
 from ptlab.runlog import RunLog
 from ptlab.types import AdamParams, LossFnType
 
@@ -41,8 +42,9 @@ async def run(
 ) -> RunResult:
     """Train as `config` says, from the log's last checkpoint if it has one; every step leaves a row in the log.
 
-    Row s holds what was sampled with the weights after s steps (and their evaluation, where one is due), then how step s trained on
-    it. The row after the last step holds an evaluation only. SIGINT or SIGTERM ends the run with a checkpoint.
+    Row s holds the batch that step s trained on, how it trained, and, where one is due, an evaluation of the weights after s steps. The
+    batch was sampled with these weights, or with ones up to config.rollout.max_steps_off_policy steps older. The row after the last step
+    holds an evaluation only. SIGINT or SIGTERM ends the run with a checkpoint.
 
     Args:
         side_metrics: asked once per row for what the clients do not tell, e.g. the `sync/*` metrics of the backend in this process.
@@ -55,59 +57,61 @@ async def run(
     sampling_client = await training_client.save_weights_and_get_sampling_client()
     num_updates = 0 if start == 0 else None  # a resumed trainer's count shows in the first samples, which are its own
 
+    async def sample(step: int, newest: SamplingClient) -> list[TrajectoryGroup]:
+        return await rollout.run_groups(task.train.get_batch(step), newest, settings, seed=(config.seed, "train", step))
+
     with stop_on_signals() as stop:
-        step = start
+        done = start  # steps
         try:
-            for step in range(start, config.steps):
-                clock = Clock()
-                row = {"optim/learning_rate": config.optim.learning_rate_at(step, config.steps)}
-                if config.eval.every and step % config.eval.every == 0:
-                    row |= await stop.unless_requested(evaluate_and_log(config, task.test_P, sampling_client, log, step, tokenizer))
-                    clock.lap("eval")
+            async with Prefetch(sample, first=start, end=config.steps, ahead=config.rollout.max_steps_off_policy) as batches:
+                for step in range(start, config.steps):
+                    clock = Clock()
+                    row = {"optim/learning_rate": config.optim.learning_rate_at(step, config.steps)}
+                    if config.eval.every and step % config.eval.every == 0:
+                        row |= await stop.unless_requested(evaluate_and_log(config, task.test_P, sampling_client, log, step, tokenizer))
+                        clock.lap("eval")
 
-                batch_P = task.train.get_batch(step)
-                groups_P = await stop.unless_requested(
-                    rollout.run_groups(batch_P, sampling_client, settings, seed=(config.seed, "train", step))
-                )
-                clock.lap("sample")
-                data_D = [d for g in groups_P for d in datums.group_to_datums(g, group_centred(g.rewards_G), loss=config.loss.name)]
-                if num_updates is None:
-                    num_updates = diagnostics.newest_version(groups_P)
+                    groups_P, rollout_s = await stop.unless_requested(batches.take(step, sampling_client))
+                    clock.lap("sample")
+                    data_D = [d for g in groups_P for d in datums.group_to_datums(g, group_centred(g.rewards_G), loss=config.loss.name)]
+                    if num_updates is None:
+                        num_updates = diagnostics.newest_version(groups_P)
 
-                if data_D:
-                    trained = training_client.forward_backward(data_D, loss_fn, config.loss.config)  # both queued
-                    updated = training_client.optim_step(adam_params(config, step))  # before either is awaited
-                    output, optim = await trained, await updated
-                    clock.lap("train")
-                    sampling_client = await training_client.save_weights_and_get_sampling_client()
-                    clock.lap("sync")
-                    row |= diagnostics.summarise(groups_P, data_D, output, num_updates=num_updates)
-                    row |= diagnostics.optim_metrics(optim)
-                    num_updates = None if num_updates is None else num_updates + (not row.get("optim/skipped"))
-                else:  # every group agreed: nothing to learn from, and the sampler already holds these weights
-                    row |= diagnostics.summarise(groups_P, [], None, num_updates=num_updates)
+                    if data_D:
+                        trained = training_client.forward_backward(data_D, loss_fn, config.loss.config)  # both queued
+                        updated = training_client.optim_step(adam_params(config, step))  # before either is awaited
+                        output, optim = await trained, await updated
+                        clock.lap("train")
+                        sampling_client = await training_client.save_weights_and_get_sampling_client()
+                        clock.lap("sync")
+                        row |= diagnostics.summarise(groups_P, data_D, output, num_updates=num_updates)
+                        row |= diagnostics.optim_metrics(optim)
+                        num_updates = None if num_updates is None else num_updates + (not row.get("optim/skipped"))
+                    else:  # every group agreed: nothing to learn from, and the sampler already holds these weights
+                        row |= diagnostics.summarise(groups_P, [], None, num_updates=num_updates)
 
-                log.write(step, row | clock.metrics(row["answer/tokens_sum"]) | side_metrics())
-                log.transcripts(step, diagnostics.transcript_rows(groups_P, "train", tokenizer.decode))
-                if stop.requested:
-                    return await interrupted(training_client, log, step + 1)
-                if config.checkpoint.every and (step + 1) % config.checkpoint.every == 0 and step + 1 < config.steps:
-                    await save_checkpoint(training_client, log, step + 1)
+                    log.write(step, row | clock.metrics() | rollout_speed(row["answer/tokens_sum"], rollout_s) | side_metrics())
+                    log.transcripts(step, diagnostics.transcript_rows(groups_P, "train", tokenizer.decode))
+                    done = step + 1
+                    if stop.requested:
+                        raise StopRequestedError
+                    if config.checkpoint.every and done % config.checkpoint.every == 0 and done < config.steps:
+                        await save_checkpoint(training_client, log, done)
 
-            step = max(start, config.steps)
             if config.eval.every:
                 clock = Clock()
-                row = await stop.unless_requested(evaluate_and_log(config, task.test_P, sampling_client, log, step, tokenizer))
+                row = await stop.unless_requested(evaluate_and_log(config, task.test_P, sampling_client, log, done, tokenizer))
                 clock.lap("eval")
-                log.write(step, row | clock.metrics() | side_metrics())
-        except StopRequestedError:  # while sampling: nothing of this step has reached the trainer
-            return await interrupted(training_client, log, step)
+                log.write(done, row | clock.metrics() | side_metrics())
+        except StopRequestedError:  # nothing of the step under way has reached the trainer; what is in flight is gone
+            path = await save_checkpoint(training_client, log, done)
+            return RunResult(status="interrupted", step=done, checkpoint=path)
 
-        path = await save_checkpoint(training_client, log, step)
+        path = await save_checkpoint(training_client, log, done)
         sampler = await training_client.save_weights_for_sampler("final")
-        log.checkpoint(step, sampler.path, kind="sampler")
+        log.checkpoint(done, sampler.path, kind="sampler")
         log.finish()
-        return RunResult(status="finished", step=step, checkpoint=path)
+        return RunResult(status="finished", step=done, checkpoint=path)
 
 
 async def open_training_client(config: RunConfig, service_client: ServiceClient, log: RunLog) -> tuple[TrainingClient, int]:
@@ -191,9 +195,9 @@ async def save_checkpoint(training_client: TrainingClient, log: RunLog, step: in
     return saved.path
 
 
-async def interrupted(training_client: TrainingClient, log: RunLog, step: int) -> RunResult:
-    """The end of a run that was asked to stop: with a checkpoint."""
-    return RunResult(status="interrupted", step=step, checkpoint=await save_checkpoint(training_client, log, step))
+def rollout_speed(sampled_tokens: float, rollout_s: float) -> dict[str, float]:
+    """Of a batch from its start to its last answer, which is time/sample_s unless it was started before the step that waited for it."""
+    return {"time/rollout_s": rollout_s, "time/tokens_per_second": sampled_tokens / max(rollout_s, 1e-9)}
 
 
 class Clock:
@@ -209,9 +213,7 @@ class Clock:
         self._phases[phase] = now - self._last
         self._last = now
 
-    def metrics(self, sampled_tokens: float | None = None) -> dict[str, float]:
-        """time/<phase>_s, time/step_s, and sampled tokens per second of sampling."""
+    def metrics(self) -> dict[str, float]:
+        """time/<phase>_s and time/step_s."""
         metrics = {f"time/{phase}_s": seconds for phase, seconds in self._phases.items()}
-        if sampled_tokens is not None:
-            metrics["time/tokens_per_second"] = sampled_tokens / max(self._phases["sample"], 1e-9)
         return metrics | {"time/step_s": time.perf_counter() - self._start}

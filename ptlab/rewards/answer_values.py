@@ -189,7 +189,7 @@ def _arithmetic() -> tuple[Any, dict[str, Callable[[Any], Any]]]:
 
     Used under _MPMATH_LOCK.
     """
-    import mpmath  # type: ignore[import-untyped]
+    import mpmath
 
     mp = mpmath.ctx_mp.MPContext()
     mp.dps = DIGITS

@@ -107,13 +107,17 @@ def test_a_version_is_served_verified_and_measured(tmp_path: Path) -> None:
         (lambda ref: torch.zeros(8), "like the base model"),
         (lambda ref: delta(ref) * 0.9, "other weights"),
         (lambda ref: delta(ref).flip(0), "other weights"),
-        (lambda ref: delta(ref) * float("nan"), "differ from the trainer's by inf"),
+        (lambda ref: delta(ref) * float("nan"), "are inf nats off the trainer's"),
         (lambda ref: None, "1 of 1 saved LoRA tensors are not registered"),
     ],
     ids=["base served", "slightly wrong", "shuffled", "not a number", "missing tensor"],
 )
-def test_a_planted_fault_is_refused_and_named(tmp_path: Path, fault: Callable[[AdapterRef], torch.Tensor | None], message: str) -> None:
+@pytest.mark.parametrize("scores_prompts", [True, False], ids=["scored probe", "drawn probe"])
+def test_a_planted_fault_is_refused_and_named(
+    tmp_path: Path, fault: Callable[[AdapterRef], torch.Tensor | None], message: str, scores_prompts: bool
+) -> None:
     async def scenario(world: World) -> None:
+        world.sampler.scores_prompts = scores_prompts
         world.sampler.load = fault
         with pytest.raises(WeightSyncError, match=message):
             await world.publish("s:sample:0")
@@ -125,14 +129,17 @@ def test_a_planted_fault_is_refused_and_named(tmp_path: Path, fault: Callable[[A
     run(tmp_path, scenario)
 
 
-def test_a_sampler_stuck_on_the_previous_version_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scores_prompts", [True, False], ids=["scored probe", "drawn probe"])
+def test_a_sampler_stuck_on_the_previous_version_is_refused(tmp_path: Path, scores_prompts: bool) -> None:
     async def scenario(world: World) -> None:
+        world.sampler.scores_prompts = scores_prompts
         await world.publish("s:sample:0")
         stuck = next(iter(world.sampler.loaded.values()))
         world.sampler.load = lambda ref: stuck
         await world.train(learning_rate=1e-3)  # a small step: the versions differ by about 1e-3 nats
         with pytest.raises(WeightSyncError, match="older version"):
             await world.publish("s:sample:1")
+        world.sampler.scores_prompts = True
         await world.draw("s:sample:0")  # the good version is still there
 
     run(tmp_path, scenario)

@@ -27,7 +27,8 @@ LAYER_OF = {
     "algorithms": ("rl", "envs"),
     "recipes": ("recipes", "runlog", "report", "curves", "trackers", "provenance"),
     "quickstart": ("quickstart",),  # makes a model (engines) that knows a task (envs); only roots use it
-    "roots": ("local", "cli", ""),
+    "benchmarks": ("benchmarks",),
+    "roots": ("local", "cli", "doctor", ""),
 }  # fmt: skip
 MAY_IMPORT = {
     "values": (),
@@ -41,6 +42,7 @@ MAY_IMPORT = {
     "algorithms": ("values", "pure", "typing:client"),
     "recipes": ("values", "pure", "algorithms", "config", "typing:client"),
     "quickstart": ("values", "pure", "protocols", "engines", "algorithms"),
+    "benchmarks": ("values", "pure", "protocols", "engines", "backend", "quickstart"),  # only scripts use it
     "roots": tuple(LAYER_OF),
 }
 HEAVY = {"transformers": ("engines",), "peft": ("engines",), "vllm": ("engines",), "datasets": ("algorithms",)}

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import ptlab as tinker
-from ptlab import types
+from ptlab import local, types
+from ptlab.config import EnginesConfig, TorchSamplerConfig, VllmSamplerConfig
 from ptlab.engines.adapter_slots import AdapterSlots
 from ptlab.local import _default_connection, _disconnect
 from ptlab.renderers import get_renderer
@@ -20,9 +21,18 @@ from ptlab.renderers import get_renderer
 ADAM = types.AdamParams(learning_rate=5e-3)
 
 
+@pytest.fixture(params=["torch", "vllm"])
+def sampler_kind(request: pytest.FixtureRequest) -> str:
+    if request.param == "vllm":
+        pytest.importorskip("vllm", reason="vLLM is not installed (extras: cpu, gpu)", exc_type=ImportError)
+    return str(request.param)
+
+
 @pytest.fixture
-def service_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tinker.ServiceClient]:
+def service_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler_kind: str) -> Iterator[tinker.ServiceClient]:
     monkeypatch.setenv("PTLAB_DATA_DIR", str(tmp_path / "data"))
+    engines = EnginesConfig(sampler=TorchSamplerConfig() if sampler_kind == "torch" else VllmSamplerConfig())
+    monkeypatch.setattr(local, "default_engines", lambda: engines)
     _default_connection.cache_clear()
     yield tinker.ServiceClient()
     _disconnect(_default_connection())
@@ -129,6 +139,7 @@ def test_a_short_field_is_named_with_what_is_needed(service_client: tinker.Servi
         client.forward_backward([datum], "pppo").result()  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("sampler_kind", ["torch"], indirect=True)  # those of vLLM are in test_vllm_sync.py
 @pytest.mark.parametrize("fault", ["serves the base model", "serves the version before"])
 def test_a_sampler_that_does_not_take_the_new_weights_is_refused(
     service_client: tinker.ServiceClient, tiny_qwen3_dir: Path, monkeypatch: pytest.MonkeyPatch, fault: str

@@ -41,4 +41,4 @@ def test_a_new_token_does_not_copy_the_old_ones() -> None:
 def test_cache_of_a_model_uses_it(tiny_qwen3_dir: Path) -> None:
     model, _ = load_base_model(str(tiny_qwen3_dir), device="cpu")
     assert [type(layer) for layer in new_cache(model).layers] == [RoomyLayer, RoomyLayer]
-    assert bytes_per_token(model) == 2 * 2 * 2 * 16 * 4  # keys and values, layers, key heads, head_dim, bytes
+    assert bytes_per_token(model) == 2 * 2 * 2 * 32 * 4  # keys and values, layers, key heads, head_dim, bytes

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 from ptlab.engines import lora as lora_files
 from ptlab.engines import peft_trainer
 from ptlab.engines.peft_trainer import PeftTrainer
+from ptlab.engines.protocols import AdapterRef, SampleCall
 from ptlab.errors import CheckpointError, EngineError, InvalidRequestError, NotFoundError
 from ptlab.losses import LOSSES, resolve_loss
-from ptlab.types import AdamParams, Datum, LoraConfig, ModelInput
+from ptlab.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams, TensorData
 
 ALL_FLAGS = [
     {"train_attn": True, "train_mlp": True, "train_unembed": True},
@@ -349,3 +350,39 @@ def test_a_rank_or_flags_that_cannot_work_are_refused(tiny_qwen3_dir: Path) -> N
     trainer.create_adapter("m", LoraConfig(rank=4))
     with pytest.raises(InvalidRequestError, match="exists already"):
         trainer.create_adapter("m", LoraConfig(rank=4))
+
+
+def scoring(adapter: AdapterRef | None) -> SampleCall:
+    return SampleCall(
+        prompt=ModelInput.from_ints([3, 1, 4, 1, 5, 9]),
+        num_samples=1,
+        params=SamplingParams(max_tokens=1, seed=7),
+        adapter=adapter,
+        include_prompt_logprobs=True,
+        topk_prompt_logprobs=3,
+        target_prompt_logprobs=TensorData.from_numpy(np.array([[2, -1]] * 5)),
+        prompt_alt_tokens_k=2,
+    )
+
+
+def test_a_prompt_is_scored_under_a_saved_version_whatever_is_being_trained(model_dir: Path, tmp_path: Path) -> None:
+    trainer = trained(model_dir)
+    trainer.save_adapter("m", tmp_path)
+    ref = AdapterRef(name="v", version=2, path=tmp_path)
+    saved, base = (trainer.compute_logprobs(model_id, [3, 1, 4, 1, 5, 9]) for model_id in ("m", None))
+    trainer.forward_backward("m", batch(30), CROSS_ENTROPY)
+    trainer.optim_step("m", AdamParams(learning_rate=0.05))
+    trainer.forward_backward("m", batch(31), CROSS_ENTROPY)
+    before, gradient = trainer.compute_logprobs("m", [3, 1, 4]), {n: g.clone() for n, g in gradients(trainer).items()}
+    for adapter, expected in ((ref, saved), (None, base)):
+        scores = trainer.score_prompt(scoring(adapter))
+        assert scores.logprobs_T is not None and scores.topk is not None and scores.targets is not None and scores.alternatives is not None
+        np.testing.assert_allclose(scores.logprobs_T[1:], expected[1:], atol=1e-5)
+        assert np.isnan(scores.logprobs_T[0]) and scores.topk.token_ids.shape == (6, 3) and scores.targets.shape == [5, 2]
+    assert trainer.compute_logprobs("m", [3, 1, 4]) == before  # the trained adapter is where it was
+    assert all(torch.equal(g, gradient[n]) for n, g in gradients(trainer).items())
+    trainer.remove_adapter("m")
+    fresh = trainer.score_prompt(scoring(ref)).logprobs_T  # also with nothing to train
+    assert fresh is not None
+    np.testing.assert_allclose(fresh[1:], saved[1:], atol=1e-5)
+    trainer.create_adapter("m", LoraConfig(rank=2))

@@ -82,11 +82,11 @@ def test_each_distinct_prompt_is_read_once(sampler: TorchSampler, monkeypatch: p
     assert recorder.batches == [(2, 24)]
 
 
-@pytest.mark.parametrize("limits", [{"max_rows": 3}, {"max_kv_bytes": 512 * 38}, {"max_kv_bytes": 1}, {"prefill_tokens": 7}])
+@pytest.mark.parametrize("limits", [{"max_rows": 3}, {"max_kv_bytes": 1024 * 38}, {"max_kv_bytes": 1}, {"prefill_tokens": 7}])
 def test_limits_split_the_work_and_change_nothing(
     sampler: TorchSampler, tiny_qwen3_dir: Path, monkeypatch: pytest.MonkeyPatch, limits: dict[str, int]
 ) -> None:
-    """512 key-value bytes a token; 38 tokens hold two rows of up to 9 + 10, and not three of 3 + 10."""
+    """1024 key-value bytes a token; 38 tokens hold two rows of up to 9 + 10, and not three of 3 + 10."""
     calls = [call(list(range(10, 13 + 2 * i)), n=3, seed=i) for i in range(4)]
     plain = run(sampler, *calls)
     small = TorchSampler(str(tiny_qwen3_dir), device="cpu", gather_quiet_s=0.03, **limits)  # type: ignore[arg-type]

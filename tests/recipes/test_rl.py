@@ -6,13 +6,15 @@ import asyncio
 import json
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ptlab import runlog
@@ -21,9 +23,10 @@ from ptlab.client.connection import BackendConnection
 from ptlab.client.service import ServiceClient
 from ptlab.config import RunConfig
 from ptlab.engines.protocols import Engines
-from ptlab.engines.scripted import ScriptedSampler, ScriptedTrainer
-from ptlab.errors import ConfigError, EngineError
+from ptlab.engines.scripted import ScriptedSampler, ScriptedTrainer, base_logits
+from ptlab.errors import EngineError
 from ptlab.recipes import rl
+from ptlab.rl import rollout
 from ptlab.rl.advantages import group_centred
 from ptlab.rl.types import Env, EnvGroupBuilder, RLDataset, StepResult, Task
 from ptlab.runlog import RunLog
@@ -125,10 +128,17 @@ def train(tmp_path, monkeypatch):
         monkeypatch.setattr(rl, "make_task", lambda config, renderer: Task(train=dataset, test_P=[UnigramBuilder() for _ in range(5)]))
         config = config_for(directory, **changes)
         with RunLog.open(config, resume=resume, echo=lambda line: None) as log, service(directory, sampler) as client:
-            asyncio.run(rl.run(config, client, log))
+            asyncio.run(and_nothing_is_left(rl.run(config, client, log)))
         return rows(directory)
 
     return run
+
+
+async def and_nothing_is_left(work: Coroutine[Any, Any, Any]) -> None:
+    [result] = await asyncio.gather(work, return_exceptions=True)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    if isinstance(result, BaseException):
+        raise result
 
 
 def rows(directory: Path) -> list[dict[str, float]]:
@@ -245,6 +255,128 @@ def test_a_signal_while_training_ends_the_run_after_that_step(train, tmp_path, m
     assert without_time(resumed) == without_time(whole)
 
 
+def ahead(steps: int) -> dict[str, dict[str, int]]:
+    return {"rollout": {"max_tokens": 4, "max_steps_off_policy": steps}}
+
+
+@pytest.mark.parametrize(("k", "ages"), [(0, [0, 0, 0, 0, 0]), (1, [0, 1, 1, 1, 1]), (2, [0, 1, 2, 2, 2]), (9, [0, 1, 2, 3, 4])])
+def test_a_batch_is_trained_on_at_most_k_steps_after_its_weights(train, k, ages):
+    *metrics, last = train(UnigramDataset(), steps=5, **ahead(k))
+    assert [row["policy/staleness_max_steps"] for row in metrics] == ages
+    assert [row["policy/staleness_mean_steps"] for row in metrics] == ages  # a batch is of one version
+    assert [row["gap/max_nats"] > 1e-3 for row in metrics] == [age > 0 for age in ages]
+    assert (metrics[0]["eval/accuracy_greedy"], last["eval/accuracy_greedy"]) == (0.0, 1.0)  # and it learns
+
+
+def test_a_batch_that_took_no_step_ages_nobody(train):
+    metrics = train(UnigramDataset(constant_at=frozenset({1})), **ahead(1))[:-1]
+    assert [row["policy/staleness_max_steps"] for row in metrics] == [0, 1, 0, 1]
+
+
+def test_the_importance_weights_use_the_log_probabilities_of_the_version_that_sampled(train, monkeypatch):
+    forward_backward, batches = ScriptedTrainer.forward_backward, []
+
+    def noting(self, model_id, data, loss):
+        batches.append(data)
+        return forward_backward(self, model_id, data, loss)
+
+    monkeypatch.setattr(ScriptedTrainer, "forward_backward", noting)
+    train(UnigramDataset(), steps=3, **ahead(1))
+    base_logprobs_V = base_logits(8).log_softmax(0).numpy()
+    gaps = []
+    for data in batches:
+        targets, logprobs, advantages = (
+            np.concatenate([d.loss_fn_inputs[name].to_numpy() for d in data]) for name in ("target_tokens", "logprobs", "advantages")
+        )
+        gaps.append(np.abs(logprobs - base_logprobs_V[targets])[advantages != 0].max())
+    assert gaps[0] < 1e-6 and gaps[1] < 1e-6 and gaps[2] > 1e-3  # steps 0 and 1 train on draws of version 0, step 2 on version 1's
+
+
+def test_without_a_step_ahead_nothing_is_sampled_while_training(train, monkeypatch):
+    events: list[str] = []
+    run_groups, optim_step = rollout.run_groups, ScriptedTrainer.optim_step
+
+    async def noting(builders_P, client, settings, *, seed):
+        events.append(f"sample {seed[-1]}")
+        groups_P = await run_groups(builders_P, client, settings, seed=seed)
+        events.append(f"sampled {seed[-1]}")
+        return groups_P
+
+    def training(self, model_id, adam):
+        events.append("train")
+        return optim_step(self, model_id, adam)
+
+    monkeypatch.setattr(rollout, "run_groups", noting)
+    monkeypatch.setattr(ScriptedTrainer, "optim_step", training)
+    train(UnigramDataset(), steps=3)
+    assert events == [event for s in range(3) for event in (f"sample {s}", f"sampled {s}", "train")]
+
+
+def test_sampling_ahead_goes_on_while_the_trainer_works(train, monkeypatch):
+    """Batch 1 begins to be sampled only when step 0 is training, and step 0 trains until batch 1 is there."""
+    training, sampled, met = threading.Event(), threading.Event(), []
+    run_groups, forward_backward = rollout.run_groups, ScriptedTrainer.forward_backward
+
+    async def slow_sampling(builders_P, client, settings, *, seed):
+        if seed[-1] == 1:
+            met.append(await asyncio.to_thread(training.wait, 20))
+        groups_P = await run_groups(builders_P, client, settings, seed=seed)
+        if seed[-1] == 1:
+            sampled.set()
+        return groups_P
+
+    def slow_training(self, model_id, data, loss):
+        training.set()
+        met.append(sampled.wait(20))
+        return forward_backward(self, model_id, data, loss)
+
+    monkeypatch.setattr(rollout, "run_groups", slow_sampling)
+    monkeypatch.setattr(ScriptedTrainer, "forward_backward", slow_training)
+    metrics = train(UnigramDataset(), steps=2, **ahead(1))
+    assert met == [True] * 3
+    assert metrics[1]["policy/staleness_max_steps"] == 1
+
+
+def test_a_failure_ahead_ends_the_run_in_the_step_that_needs_the_batch(train, tmp_path, monkeypatch):
+    run_groups, failed = rollout.run_groups, []
+
+    async def failing(builders_P, client, settings, *, seed):
+        if seed[-1] == 2:
+            failed.append(True)
+            raise EngineError("out of memory")
+        return await run_groups(builders_P, client, settings, seed=seed)
+
+    monkeypatch.setattr(rollout, "run_groups", failing)
+    with pytest.raises(EngineError, match="out of memory"):
+        train(UnigramDataset(), steps=6, checkpoint={"every": 1}, **ahead(3))
+    assert len(rows(tmp_path / "a")) == 2 and failed == [True]  # steps 0 and 1 were not touched, their checkpoints neither
+    monkeypatch.undo()
+
+
+def test_a_run_that_sampled_ahead_resumes_with_fresh_samples(train):
+    settings = {"steps": 6, "checkpoint": {"every": 2}, **ahead(1)}
+    whole = train(UnigramDataset(), folder="whole", **settings)
+    with pytest.raises(SystemExit):
+        train(UnigramDataset(on_step=crash_at(5)), folder="broken", **settings)
+    dataset = UnigramDataset()
+    resumed = train(dataset, folder="broken", resume=True, **settings)
+    assert dataset.asked == [4, 5]
+    assert without_time(resumed)[:4] == without_time(whole)[:4]
+    assert [row["policy/staleness_max_steps"] for row in resumed[:-1]] == [0, 1, 1, 1, 0, 1]
+
+
+def test_a_signal_abandons_what_was_sampled_ahead(train, tmp_path):
+    def interrupt(step: int) -> None:
+        if step == 3 and not sent:
+            sent.append(step)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    sent: list[int] = []
+    done = len(train(UnigramDataset(on_step=interrupt), folder="stopped", **ahead(2)))
+    assert done in (1, 2)  # batch 3 is drawn while step 1 waits or trains
+    assert [row["step"] for row in train(UnigramDataset(), folder="stopped", resume=True, **ahead(2))] == [0, 1, 2, 3, 4]
+
+
 def test_a_finished_run_can_be_resumed_to_more_steps(train):
     settings = {"optim": {"learning_rate": 0.3}}
     whole = train(UnigramDataset(), folder="whole", steps=4, **settings)
@@ -289,73 +421,3 @@ def test_side_metrics_join_the_rows(tmp_path, monkeypatch):
     with RunLog.open(config, echo=lambda line: None) as log, service(tmp_path) as client:
         asyncio.run(rl.run(config, client, log, side_metrics=lambda: {"sync/version": 1.0}))
     assert [row["sync/version"] for row in rows(tmp_path)] == [1.0, 1.0]
-
-
-def test_both_training_requests_are_queued_before_either_is_awaited(tmp_path, monkeypatch):
-    """Fake clients: what is called, and in which order it is waited for."""
-    events: list[str] = []
-
-    class Stop(Exception):
-        pass
-
-    @dataclass
-    class Pending:
-        name: str
-        value: Any = None
-
-        def __await__(self):
-            events.append(f"await {self.name}")
-            if self.name == "optim_step":
-                raise Stop
-            yield from ()
-            return self.value
-
-    class Training:
-        def forward_backward(self, data, loss_fn, loss_fn_config=None):
-            events.append("forward_backward")
-            return Pending("forward_backward")
-
-        def optim_step(self, params):
-            events.append("optim_step")
-            return Pending("optim_step")
-
-        def get_tokenizer(self):
-            return Tokenizer()
-
-        def save_weights_and_get_sampling_client(self):
-            return Pending("sampling_client", self)
-
-    class Service:
-        def create_lora_training_client(self, **kwargs):
-            return Pending("training_client", Training())
-
-    monkeypatch.setattr(rl, "get_renderer", lambda name, tokenizer: None)
-    monkeypatch.setattr(rl, "make_task", lambda config, renderer: Task(train=UnigramDataset(), test_P=[]))
-    monkeypatch.setattr(rl.datums, "group_to_datums", lambda group, advantages, loss: ["datum"])
-    monkeypatch.setattr(rl, "group_centred", lambda rewards: rewards)
-    groups = [type("Group", (), {"rewards_G": []})()]
-
-    async def one_group(*args, **kwargs):
-        return groups
-
-    monkeypatch.setattr(rl.rollout, "run_groups", one_group)
-    monkeypatch.setattr(rl.diagnostics, "newest_version", lambda groups: 0)
-    config = config_for(tmp_path, eval={"every": 0})
-    with RunLog.open(config, echo=lambda line: None) as log, pytest.raises(Stop):
-        asyncio.run(rl.run(config, Service(), log))
-    assert events[2:] == ["forward_backward", "optim_step", "await forward_backward", "await optim_step"]
-
-
-def test_the_task_follows_the_config(tmp_path):
-    env = {"kind": "addition", "groups_per_step": 3, "group_size": 5, "num_test": 7, "reward": "random"}
-    addition = rl.make_task(config_for(tmp_path, env=env), None)
-    assert len(addition.train.get_batch(0)) == 3 and len(addition.test_P) == 7
-    [builder, *_] = addition.train.get_batch(0)
-    assert builder.group_size == 5 and builder.coin_seed is not None
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"question": "q", "answer": "1"}\n')
-    local = {"kind": "gsm8k", "train_path": str(path), "test_path": str(path), "groups_per_step": 2, "format_coef": 0.25, "few_shot": True}
-    [builder, *_] = rl.make_task(config_for(tmp_path, env=local), None).train.get_batch(0)
-    assert builder.form.format_coef == 0.25 and len(builder.form.prefix) == 2
-    with pytest.raises(ConfigError):
-        rl.make_task(config_for(tmp_path, env={**local, "train_path": str(tmp_path / "gone.jsonl")}), None)
