@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ptlab.config_messages import describe, sentences
 from ptlab.errors import ConfigError
@@ -205,7 +205,12 @@ class VllmSamplerConfig(Section):
     """Share of the GPU's memory for vLLM's weights and KV cache; None = ptlab's memory plan decides."""
 
 
-SamplerConfig = Annotated[VllmSamplerConfig | TorchSamplerConfig, Field(discriminator="kind")]
+def _vllm_unless_said(section: Any) -> Any:
+    """`engines.sampler.max_loras: 2` alone is about the default sampler."""
+    return {"kind": "vllm", **section} if isinstance(section, dict) else section
+
+
+SamplerConfig = Annotated[VllmSamplerConfig | TorchSamplerConfig, Field(discriminator="kind"), BeforeValidator(_vllm_unless_said)]
 
 
 class EnginesConfig(Section):

@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from ptlab.config import AdditionConfig, GroupsConfig, Gsm8kConfig, OptimConfig, Section, config_warnings, load_config
+from ptlab.config import (
+    AdditionConfig,
+    GroupsConfig,
+    Gsm8kConfig,
+    OptimConfig,
+    Section,
+    TorchSamplerConfig,
+    VllmSamplerConfig,
+    config_warnings,
+    load_config,
+)
 from ptlab.errors import ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -219,3 +229,11 @@ def test_shipped_configs_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     config = load_config(path)
     assert config.name == path.stem
     assert config_warnings(config) == []
+
+
+def test_a_setting_of_the_default_sampler_needs_no_kind(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("{}")
+    assert load_config(tmp_path / "c.yaml", ["engines.sampler.max_loras=2"]).engines.sampler == VllmSamplerConfig(max_loras=2)
+    assert load_config(tmp_path / "c.yaml", ["engines.sampler.kind=torch"]).engines.sampler == TorchSamplerConfig()
+    with pytest.raises(ConfigError, match=r"engines\.sampler\.max_loras: unknown key"):
+        load_config(tmp_path / "c.yaml", ["engines.sampler.kind=torch", "engines.sampler.max_loras=2"])

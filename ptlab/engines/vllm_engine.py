@@ -347,9 +347,9 @@ class VllmEngine:
 
     def _start(self) -> Any:
         inproc = self._mode == "inproc"
-        # parts of vLLM look at the variable rather than at multiprocess_mode; the second is for the new process, whose torch would tell
-        # the terminal about NUMA nodes
-        variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if inproc else "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        # parts of vLLM look at the variable rather than at multiprocess_mode; the others are for the new process, which would tell the
+        # terminal about NUMA nodes and deprecated calls of its own
+        variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if inproc else "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
         with ThisProcess.turn, torch_untouched(), main_module_hidden(), import_warnings_hidden(), environment(variables):
             config = EngineArgs(**self._settings, worker_extension_cls=EXTENSION).create_engine_config()
             engine = LLMEngine(config, Executor.get_class(config), log_stats=False, multiprocess_mode=not inproc)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -198,10 +199,21 @@ def test_ephemeral_files_go_with_their_session(tmp_path: Path) -> None:
     run(tmp_path, scenario)
 
 
+def test_a_bfloat16_sampler_of_a_float32_trainer_is_judged_by_the_coarser_type(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        world.sampler.info = replace(world.sampler.info, dtype="bfloat16")
+        await world.start()
+        (served,) = world.backend._opened()
+        assert served.sync.noise_nats == 0.05
+
+    asyncio.run(scenario())
+
+
 def test_engines_that_disagree_on_the_base_model_are_refused_at_start(tmp_path: Path) -> None:
     async def scenario() -> None:
         world = World(tmp_path)
-        world.sampler.info = world.sampler.info.__class__(name="m", arch="unigram", vocab_size=9, max_context_length=1024, dtype="float32")
+        world.sampler.info = replace(world.sampler.info, vocab_size=9)
         with pytest.raises(WeightSyncError, match="disagree on the base model"):
             await world.start()
 
