@@ -285,7 +285,8 @@ class Backend:
             model, served = await self._ready(model_id)
             check_adam(adam)
             response = await served.run_in_trainer(lambda: served.engines.trainer.optim_step(model_id, adam))
-            model.step += 1
+            skipped = (response.metrics or {}).get("skipped:sum", 0.0) > 0  # there was no gradient: the same weights, so the same version
+            model.step += not skipped
             return response
 
         response: OptimStepResponse = await self._model(model_id).sequencer.run(seq_id, f"optim_step {adam}", run)

@@ -133,7 +133,9 @@ class Trainer(Protocol):
 
     def forward_backward(self, model_id: str, data: Sequence[Datum], loss: LossCall) -> ForwardBackwardOutput: ...
 
-    def optim_step(self, model_id: str, adam: AdamParams) -> OptimStepResponse: ...
+    def optim_step(self, model_id: str, adam: AdamParams) -> OptimStepResponse:
+        """One step on the accumulated gradients. Where there are none nothing moves, and the metrics say `skipped:sum` 1."""
+        ...
 
     def compute_logprobs(self, model_id: str | None, tokens: Sequence[int]) -> list[float | None]:
         """Log-probability in nats of each token given those before it; the first is None. model_id None = the base model."""

@@ -80,6 +80,8 @@ class ScriptedTrainer:
 
     def optim_step(self, model_id: str, adam: AdamParams) -> OptimStepResponse:
         adapter = self._adapter(model_id)
+        if adapter.delta_V.grad is None:
+            return OptimStepResponse(metrics={"skipped:sum": 1.0})
         adapter.optimizer.param_groups[0].update(
             lr=adam.learning_rate, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay
         )

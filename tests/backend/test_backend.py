@@ -248,3 +248,20 @@ def test_sampling_answers_from_its_own_version_and_says_which(tmp_path: Path) ->
         assert {m.model_name for m in supported} == {"scripted/unigram", "m", "other"}
 
     run(tmp_path, scenario)
+
+
+def test_a_step_without_gradients_is_not_another_version(tmp_path: Path) -> None:
+    async def scenario(backend: Backend, session: str) -> None:
+        model_id = await new_model(backend, session)
+        await backend.optim_step(model_id=model_id, seq_id=1, adam=ADAM)
+        await backend.forward_backward(model_id=model_id, seq_id=2, data=[datum([1])], loss_fn="cross_entropy")
+        await backend.optim_step(model_id=model_id, seq_id=3, adam=ADAM)
+        await backend.optim_step(model_id=model_id, seq_id=4, adam=ADAM)
+        sampler = f"{session}:sample:0"
+        await backend.save_weights_for_ephemeral_sampler(model_id=model_id, seq_id=5, sampling_session_id=sampler)
+        answer = await backend.sampling.sample(
+            sampling_session_id=sampler, prompt=ModelInput.from_ints([1]), num_samples=1, params=SamplingParams(max_tokens=1)
+        )
+        assert answer.sequences[0].policy_version == 1
+
+    run(tmp_path, scenario)
