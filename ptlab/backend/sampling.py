@@ -133,9 +133,9 @@ class SamplingSessions:
 
 async def _answer(served: ServedModel, call: SampleCall) -> SampleResponse:
     """Draws from the sampler; scores of the prompt from the trainer where the sampler has no right ones."""
-    drawn = await _sample(served, call if served.scores_prompt_of(call) else without_prompt_scores(call))
-    if served.scores_prompt_of(call):
-        return drawn
+    if served.scores_prompt_of(call):  # asked once: versions come and go while the sampler works
+        return await _sample(served, call)
+    drawn = await _sample(served, without_prompt_scores(call))
     scores = await served.run_in_trainer(lambda: served.engines.trainer.score_prompt(call))
     return replace(
         drawn,

@@ -45,8 +45,7 @@ class ServedModel:
         can = self.engines.sampler.capabilities
         if (call.target_prompt_logprobs is not None or call.prompt_alt_tokens_k) and not can.arbitrary_prompt_scores:
             return False
-        asks = call.include_prompt_logprobs or call.topk_prompt_logprobs
-        return can.prompt_logprobs_with_head or not (asks and self.sync.trains_head)
+        return can.prompt_logprobs_with_head or not (call.wants_prompt_logprobs and self.sync.trains_head)
 
     def servable(self, lora: LoraConfig, unembed: Literal["auto", "require"]) -> LoraConfig:
         """The adapter that is created when `lora` is asked for: without the output head where the sampler cannot serve one.

@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -179,13 +179,12 @@ class WeightSync:
         for _ in range(2):
             times: dict[str, float] = {}
             try:
-                fault = await self._load_and_check(ref, probe, times)
+                tensors = await self._load_and_check(ref, probe, times)
             except (EngineError, CheckpointError) as err:
-                fault = str(err)
-            if fault is None:
-                self._live[ref.name] = _Live(ref, 1, await asyncio.to_thread(saved_tensor_names, ref.path), ephemeral)
+                failures.append(str(err))
+            else:
+                self._live[ref.name] = _Live(ref, 1, tensors, ephemeral)
                 return times
-            failures.append(fault)
             await self.sampler.unload_adapter(ref)
         if ephemeral:
             shutil.rmtree(ref.path, ignore_errors=True)
@@ -195,14 +194,12 @@ class WeightSync:
             operation="publish",
         )
 
-    async def _load_and_check(self, ref: AdapterRef, probe: Probe, times: dict[str, float]) -> str | None:
-        """What is wrong with what the sampler holds after loading, or None."""
+    async def _load_and_check(self, ref: AdapterRef, probe: Probe, times: dict[str, float]) -> frozenset[str]:
+        """The tensors that the sampler holds after loading. Raises: WeightSyncError saying what is wrong with them."""
         begun = time.perf_counter()
         registered = await self.sampler.load_adapter(ref)
         times["sync/load_s"] = time.perf_counter() - begun
-        fault = await asyncio.to_thread(_coverage_fault, ref, registered)
-        if fault is not None:
-            return fault
+        _refuse(await asyncio.to_thread(_coverage_fault, ref, registered))
         begun = time.perf_counter()
         if self.sampler.capabilities.prompt_logprobs_with_head:
             answers = _Answers(await self._sampler_logprobs(ref), probe.logprobs, probe.base_logprobs)
@@ -210,7 +207,8 @@ class WeightSync:
             answers = await self._drawn_answers(ref)
         times["sync/verify_s"] = time.perf_counter() - begun
         times["sync/verify_gap"] = _gap(answers.trainer, answers.sampler)
-        return self._probe_fault(answers)
+        _refuse(self._probe_fault(answers))
+        return registered
 
     async def _drawn_answers(self, ref: AdapterRef) -> _Answers:
         """The probe for a sampler whose prompt log-probabilities cannot be trusted with this adapter: it draws a few answers, and the
@@ -254,6 +252,11 @@ def _scoring(tokens: list[int], adapter: AdapterRef | None) -> SampleCall:
     return SampleCall(prompt=prompt, num_samples=1, params=params, adapter=adapter, include_prompt_logprobs=True)
 
 
+def _refuse(fault: str | None) -> None:
+    if fault is not None:
+        raise WeightSyncError(fault, engine="weight sync", operation="verify")
+
+
 def _coverage_fault(ref: AdapterRef, registered: frozenset[str]) -> str | None:
     saved = saved_tensor_names(ref.path)
     if saved == registered:
@@ -266,10 +269,16 @@ def _coverage_fault(ref: AdapterRef, registered: frozenset[str]) -> str | None:
 
 
 def saved_tensor_names(directory: Path) -> frozenset[str]:
-    """Tensor names in an adapter's safetensors file, from its header (8 bytes of length, then JSON)."""
-    with (directory / ADAPTER_FILE).open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    return frozenset(name for name in header if name != "__metadata__")
+    """Tensor names in an adapter's safetensors file, from its header."""
+    return frozenset(safetensors_header(directory / ADAPTER_FILE))
+
+
+def safetensors_header(file: Path) -> dict[str, Any]:
+    """What the file says of each tensor (`dtype`, `shape`, ...), by name: 8 bytes of length, then JSON."""
+    with file.open("rb") as stream:
+        header: dict[str, Any] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    header.pop("__metadata__", None)
+    return header
 
 
 def _numbers(logprobs: list[float | None]) -> list[float]:

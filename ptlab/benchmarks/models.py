@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 
+from ptlab.backend.weight_sync import safetensors_header
 from ptlab.engines.peft_trainer import PeftTrainer
 from ptlab.engines.pretrain import ModelShape, new_model, save_model, train_tokenizer
 from ptlab.errors import ConfigError
@@ -42,13 +42,9 @@ def model_directory(name: str, root: Path) -> Path:
 
 
 def count_parameters(directory: Path) -> int:
-    """Numbers in the model's safetensors files, from their headers (8 bytes of length, then JSON); tied weights lie there once."""
-    total = 0
-    for path in directory.glob("*.safetensors"):
-        with path.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-    return total
+    """Numbers in the model's safetensors files, from their headers; tied weights lie there once."""
+    headers = [safetensors_header(file) for file in directory.glob("*.safetensors")]
+    return sum(math.prod(tensor["shape"]) for header in headers for tensor in header.values())
 
 
 def write_adapter(model: Path, rank: int, directory: Path) -> Path:

@@ -8,7 +8,7 @@ import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from ptlab.engines.lora import ADAPTER_FILE, adapter_parameters, attach, copy_into, load_tensors
+from ptlab.engines.lora import ADAPTER_FILE, adapter_parameters, attach, copy_into, load_tensors, read_config
 from ptlab.engines.protocols import AdapterRef
 from ptlab.errors import CheckpointError, EngineError
 
@@ -97,16 +97,3 @@ class AdapterSlots:
                     operation="load_adapter",
                 )
         return frozenset(landed)
-
-
-def read_config(adapter: AdapterRef) -> peft.LoraConfig:
-    """The PEFT config in the directory. Raises: CheckpointError if there is none, or it asks for more than plain LoRA matrices."""
-    if not (adapter.path / "adapter_config.json").is_file():
-        raise CheckpointError(f"{adapter.path}: no adapter_config.json; an adapter directory in PEFT layout is needed")
-    config = peft.LoraConfig.from_pretrained(str(adapter.path))
-    if config.modules_to_save or config.use_dora or config.bias != "none":
-        raise CheckpointError(
-            f"{adapter.path}: modules_to_save={config.modules_to_save}, use_dora={config.use_dora}, bias={config.bias!r}; "
-            f"ptlab serves plain LoRA matrices only"
-        )
-    return config

@@ -82,7 +82,11 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 def eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     """Tokens that end an answer when a request names no stop: the tokenizer's EOS and those of the model's generation config."""
-    listed = model.generation_config.eos_token_id
+    return end_token_ids(model.generation_config.eos_token_id, tokenizer)
+
+
+def end_token_ids(listed: int | list[int] | None, tokenizer: Any) -> frozenset[int]:
+    """What a generation config lists (one id, several, or none) and the tokenizer's own."""
     ids = [listed] if isinstance(listed, int) else list(listed or [])
     return frozenset([*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])])
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ptlab.engines.protocols import lora_alpha
+from ptlab.engines.protocols import AdapterRef, lora_alpha
 from ptlab.errors import CheckpointError, InvalidRequestError
 from ptlab.types import LoraConfig
 
@@ -131,6 +131,19 @@ def save_adapter(parameters: dict[str, nn.Parameter], config: peft.LoraConfig, d
     save_file(tensors, directory / ADAPTER_FILE, metadata={"format": "pt"})
     inference = peft.LoraConfig(**{**config.to_dict(), "inference_mode": True})
     inference.save_pretrained(str(directory))
+
+
+def read_config(adapter: AdapterRef) -> peft.LoraConfig:
+    """The PEFT config in the directory. Raises: CheckpointError if there is none, or it asks for more than plain LoRA matrices."""
+    if not (adapter.path / "adapter_config.json").is_file():
+        raise CheckpointError(f"{adapter.path}: no adapter_config.json; an adapter directory in PEFT layout is needed")
+    config = peft.LoraConfig.from_pretrained(str(adapter.path))
+    if config.modules_to_save or config.use_dora or config.bias != "none":
+        raise CheckpointError(
+            f"{adapter.path}: modules_to_save={config.modules_to_save}, use_dora={config.use_dora}, bias={config.bias!r}; "
+            f"ptlab serves plain LoRA matrices only"
+        )
+    return config
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

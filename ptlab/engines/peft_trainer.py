@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ptlab.engines import lora as lora_files
-from ptlab.engines.adapter_slots import read_config
 from ptlab.engines.base_model import load_base_model
 from ptlab.engines.batching import pad, plan_micro_batches
 from ptlab.engines.logprobs import CHUNK_ELEMENTS, output_head, token_logprobs
@@ -272,7 +271,7 @@ class PeftTrainer:
         """Do some work under the weights in a version's directory, which are forgotten afterwards."""
         name = f"borrowed{self._num_created}"
         self._num_created += 1
-        self._model = lora_files.attach(self._model, self._base, read_config(adapter), name)
+        self._model = lora_files.attach(self._model, self._base, lora_files.read_config(adapter), name)
         try:
             tensors = lora_files.load_tensors(adapter.path / lora_files.ADAPTER_FILE)
             lora_files.copy_into(lora_files.adapter_parameters(self._model, name), tensors, adapter.path)

@@ -20,7 +20,7 @@ from ptlab.types.sampled import MASK_LOGPROB
 
 def wants_scores(call: SampleCall) -> bool:
     """Whether the call asks for anything about its prompt."""
-    wanted = call.include_prompt_logprobs or call.topk_prompt_logprobs > 0 or call.prompt_alt_tokens_k > 0
+    wanted = call.wants_prompt_logprobs or call.prompt_alt_tokens_k > 0
     return wanted or call.target_prompt_logprobs is not None
 
 

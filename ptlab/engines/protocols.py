@@ -79,6 +79,11 @@ class SampleCall:
     sequence_ids: Sequence[str] = field(default=())
     """num_samples unique ids; empty = the sampler makes them."""
 
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether it asks for log-probabilities of the prompt's own tokens, or of the likeliest ones in their places."""
+        return self.include_prompt_logprobs or self.topk_prompt_logprobs > 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplerCapabilities:

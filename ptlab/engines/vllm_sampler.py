@@ -23,9 +23,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, GenerationConfig
 
-from ptlab.engines.adapter_slots import read_config
-from ptlab.engines.base_model import load_tokenizer, resolve_device, resolve_dtype
-from ptlab.engines.lora import ADAPTER_FILE, load_tensors
+from ptlab.engines.base_model import end_token_ids, load_tokenizer, resolve_device, resolve_dtype
+from ptlab.engines.lora import ADAPTER_FILE, load_tensors, read_config
 from ptlab.engines.protocols import AdapterRef, BaseModelInfo, SampleCall, SamplerCapabilities
 from ptlab.engines.sample_checks import check_call
 from ptlab.engines.stop import StopRule, StopTexts, resolve_stop
@@ -262,7 +261,7 @@ class VllmSampler:
                 engine=ENGINE,
                 operation="sample",
             )
-        if not self._capabilities.prompt_logprobs_with_head and _wants_prompt(call):
+        if not self._capabilities.prompt_logprobs_with_head and call.wants_prompt_logprobs:
             with self._changed:
                 head = next(iter(self._with_head), None)
             if head is not None:
@@ -296,7 +295,7 @@ def sampling_params(call: SampleCall, index: int, seed: int | None, max_tokens: 
         ignore_eos=True,  # EOS is among the stop tokens where it ends a draw
         stop_token_ids=sorted(stop.token_ids),
         logprobs=call.topk_sample_logprobs,
-        prompt_logprobs=call.topk_prompt_logprobs if index == 0 and _wants_prompt(call) else None,
+        prompt_logprobs=call.topk_prompt_logprobs if index == 0 and call.wants_prompt_logprobs else None,
         detokenize=False,
         flat_logprobs=True,
         output_kind=RequestOutputKind.DELTA if stop.texts else RequestOutputKind.FINAL_ONLY,
@@ -307,10 +306,6 @@ def draw_seed(seed: int, index: int) -> int:
     """A stream of its own for each draw: vLLM's seed + index would give draw 1 of seed 5 the numbers of draw 0 of seed 6."""
     digest = hashlib.blake2b(f"{seed & SEED_MASK} {index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") & SEED_MASK
-
-
-def _wants_prompt(call: SampleCall) -> bool:
-    return call.include_prompt_logprobs or call.topk_prompt_logprobs > 0
 
 
 # -- responses
@@ -394,5 +389,4 @@ def _eos_token_ids(path: str, config: Any, tokenizer: Any) -> frozenset[int]:
         listed = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # the model has no generation_config.json; transformers then makes one from the model's config
         listed = GenerationConfig.from_model_config(config).eos_token_id
-    ids = [listed] if isinstance(listed, int) else list(listed or [])
-    return frozenset([*ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])])
+    return end_token_ids(listed, tokenizer)

@@ -74,6 +74,33 @@ def test_prompt_scores_that_the_sampler_gets_wrong_come_from_the_trainer_under_t
     asyncio.run(scenario())
 
 
+class Unloading(ScriptedSampler):
+    """While it draws, the last version that trains the head goes."""
+
+    world: World
+
+    async def sample(self, call: SampleCall) -> SampleResponse:
+        answer = await super().sample(call)
+        for live in self.world.backend._opened()[0].sync._live.values() if not self.scores_prompts else ():
+            live.tensors = frozenset()
+        return answer
+
+
+def test_scores_that_were_asked_for_come_although_the_reason_to_ask_the_trainer_has_gone_meanwhile(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world = World(tmp_path)
+        sampler = Unloading()
+        sampler.world, world.sampler = world, sampler
+        await world.start()
+        await world.publish("s:sample:0")
+        (live,) = world.backend._opened()[0].sync._live.values()
+        live.tensors = frozenset({"base_model.model.lm_head.lora_B.weight"})
+        sampler.scores_prompts = False
+        assert (await draw(world, include_prompt_logprobs=True)).prompt_logprobs is not None
+
+    asyncio.run(scenario())
+
+
 def served(**sampler: Any) -> ServedModel:
     return ServedModel(Engines(trainer=ScriptedTrainer(), sampler=ScriptedSampler(**sampler), tokenizer=None), lambda metrics: None)
 
