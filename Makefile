@@ -11,19 +11,21 @@ export OMP_NUM_THREADS ?= 1
 SAMPLER = $(shell ls -d $(VENV)/lib/python3*/site-packages/vllm >/dev/null 2>&1 || echo --set engines.sampler.kind=torch)
 SETUP  := $(VENV)/.setup$(if $(filter 0,$(WITH_VLLM)),-without-vllm)
 
-.PHONY: help setup quickstart test lint types ci clean
+.PHONY: help setup quickstart test test-sdk test-cookbook lint types ci clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   train the quickstart model (about two minutes on a CPU)"
 	@echo "make test         run the tests"
+	@echo "make test-sdk     run the official SDKs 0.38.0 and 0.25.0 against ptlab serve, and check docs/compatibility.md"
+	@echo "make test-cookbook  run recipes of the Tinker cookbook against ptlab serve"
 	@echo "make setup        only install into $(VENV), and look whether all is well (ptlab doctor)"
 	@echo "make lint types   ruff, mypy"
 	@echo "make ci           all of the above, as continuous integration does"
 	@echo "make clean        remove caches (not $(VENV), not runs/)"
 
 # Stamps: each runs again only when what it installs from has changed.
-$(SETUP): pyproject.toml scripts/setup_venv.sh $(wildcard requirements/*.txt)
+$(SETUP): pyproject.toml setup.py ptlab/server/wire.proto scripts/setup_venv.sh $(wildcard requirements/*.txt)
 	@scripts/setup_venv.sh $(VENV)
 	@touch $@
 
@@ -38,6 +40,15 @@ quickstart: $(SETUP)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+test-sdk: $(VENV)/.dev
+	scripts/setup_sdk_venvs.sh .
+	$(BIN)/python -m pytest -m sdk tests/sdk $(ARGS)
+	$(BIN)/python scripts/make_compatibility.py --check
+
+test-cookbook: $(VENV)/.dev
+	scripts/setup_cookbook_venv.sh .venv-cookbook
+	$(BIN)/python -m pytest -m cookbook tests/cookbook $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

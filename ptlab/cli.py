@@ -1,4 +1,4 @@
-"""`ptlab train | doctor`. scripts/train.py is the first of them.
+"""`ptlab train | serve | keys | top | doctor`. scripts/train.py is the first of them.
 
 Exit codes: 0 done; 2 the user's mistake, one sentence on stderr; 130 Ctrl-C, after a valid checkpoint; 1 anything of ptlab's own that
 failed (set PTLAB_TRACEBACK=1 to see where).
@@ -12,22 +12,73 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 
 from ptlab.config import config_warnings, load_config
-from ptlab.errors import PtlabError
+from ptlab.errors import ConfigError, PtlabError
 
 EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
 
 
+COMMANDS = {
+    "train": "run a recipe from a config file",
+    "serve": "serve the Tinker API to the official SDK",
+    "keys": "API keys of a server",
+    "top": "sessions, queues and speed of a running server",
+    "doctor": "print versions, hardware and the sampler, and say what is missing, slow or at odds",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
+    given = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="ptlab", description="Tinker on your own machine.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train|doctor")
-    add_train_arguments(commands.add_parser("train", help="run a recipe from a config file"))
-    commands.add_parser("doctor", help="print versions, hardware and the sampler, and say what is missing, slow or at odds")
-    args = parser.parse_args(argv)
-    return guarded(lambda: train(args) if args.command == "train" else doctor())
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
+    parsers = {name: commands.add_parser(name, help=text, description=text) for name, text in COMMANDS.items()}
+    chosen = given[0] if given and given[0] in COMMANDS else ""
+    return guarded(lambda: _command(chosen, parsers)(parser, given))
+
+
+def _command(name: str, parsers: Mapping[str, argparse.ArgumentParser]) -> Callable[[argparse.ArgumentParser, list[str]], int]:
+    """Parse and run one command. What a command needs is imported for that command only: some of it takes seconds."""
+    run: Callable[[argparse.Namespace], int]
+    match name:
+        case "train":
+            add_train_arguments(parsers[name])
+            run = train
+        case "serve":
+            _need_server_extra()
+            from ptlab import serve
+
+            serve.add_serve_arguments(parsers[name])
+            run = serve.run
+        case "keys":
+            from ptlab import keys
+
+            keys.add_arguments(parsers[name])
+            run = keys.main
+        case "top":
+            from ptlab import top
+
+            top.add_arguments(parsers[name])
+            run = top.main
+        case _:
+            return lambda parser, given: doctor(parser.parse_args(given))
+    return lambda parser, given: run(parser.parse_args(given))
+
+
+def _need_server_extra() -> None:
+    missing = [name for name in ("fastapi", "uvicorn", "google.protobuf", "zstandard", "prometheus_client") if not _found(name)]
+    if missing:
+        raise ConfigError(f"ptlab serve needs {', '.join(missing)}: pip install 'ptlab[server]' (in a checkout: make setup)")
+
+
+def _found(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of a parent package
+        return False
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +87,8 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     example = "override one key, e.g. --set optim.learning_rate=4e-5; may be repeated"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=example)
     parser.add_argument("--name", help="name of the run directory (default: the config's)")
+    url = "train on this server (ptlab serve, or hosted Tinker; key: TINKER_API_KEY) instead of engines in this process"
+    parser.add_argument("--base-url", metavar="URL", help=url)
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="continue the run of this name from its last checkpoint")
     existing.add_argument("--overwrite", action="store_true", help="delete an earlier run of this name, its checkpoints too")
@@ -53,7 +106,7 @@ def train(args: argparse.Namespace) -> int:
         from ptlab import local
         from ptlab.recipes import rl
 
-        with local.open_service(config) as service:
+        with local.open_remote(config, args.base_url) if args.base_url else local.open_service(config) as service:
             result = asyncio.run(rl.run(config, service.client, log, side_metrics=service.metrics.take))
     if result.status == "interrupted":
         print(f"stopped after {result.step} steps, checkpoint {result.checkpoint}; continue with --resume", file=sys.stderr)
@@ -61,8 +114,9 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
-def doctor() -> int:
+def doctor(args: argparse.Namespace) -> int:
     """Versions, hardware, sampler, and what does not fit. Exit code 1 if the quickstart cannot run."""
+    del args
     from ptlab import doctor as checkup
 
     return checkup.main()
@@ -80,3 +134,7 @@ def guarded(command: Callable[[], int]) -> int:
             traceback.print_exc()
         print(f"error: {err.message}", file=sys.stderr)
         return EXIT_USER if err.category == "user" else EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

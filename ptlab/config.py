@@ -197,8 +197,8 @@ class VllmSamplerConfig(Section):
     """vLLM: in this process on the CPU, in its own process on a GPU."""
     dtype: DType = "auto"
     """Compute type; auto = the trainer's."""
-    max_loras: int = Field(default=4, ge=1)
-    """Adapter versions that can be in one batch; more take turns."""
+    max_loras: int | None = Field(default=None, ge=1)
+    """Adapter versions that can be in one batch; more take turns. None = 4 on a GPU, up to 32 on a CPU as their memory allows."""
     max_lora_rank: int | None = Field(default=None, ge=1, le=512)
     """Largest rank served; None = lora.rank."""
     gpu_memory_utilization: float | None = Field(default=None, gt=0, lt=1)

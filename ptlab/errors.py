@@ -4,9 +4,11 @@
       ConfigError(ValueError)          yaml: unknown key (with the nearest known one), impossible combination
       InvalidRequestError(ValueError)  a datum, parameter or name that can never work
         NotFoundError(LookupError)       model_id, session, checkpoint
+          GoneError                        an answer that was kept for its time, and is no longer
         OrderError                       seq_id from the past with another content
       BusyError                        try again later; the only error meant to be retried
       CheckpointError(RuntimeError)    missing, torn, or written under another base model, rank or alpha
+      StoreError(RuntimeError)         the database of a server could not be written or read
       EngineError(RuntimeError)        the trainer or sampler failed; carries engine and operation; __cause__ kept
         EngineLostError                  the engine died with the request and is being replaced; sending it again is safe
         NotServedError                   this engine has no right answer to a valid request; another one has
@@ -51,6 +53,10 @@ class NotFoundError(InvalidRequestError, LookupError):
     """No such model_id, session, sampler or checkpoint."""
 
 
+class GoneError(NotFoundError):
+    """The answer of a request that was kept for its time, and is no longer."""
+
+
 class OrderError(InvalidRequestError):
     """A seq_id that was already used for a request with another content."""
 
@@ -63,6 +69,10 @@ class CheckpointError(PtlabError, RuntimeError):
     """A checkpoint that is missing, torn, or written under another base model, rank or alpha."""
 
     category = "user"
+
+
+class StoreError(PtlabError, RuntimeError):
+    """The database of a server could not be written or read. What failed changed nothing."""
 
 
 class EngineError(PtlabError, RuntimeError):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from ptlab.backend.backend import Backend
 from ptlab.client import rest, service
@@ -33,8 +33,10 @@ if TYPE_CHECKING:
 SMALL_MODEL_PARAMETERS = 50_000_000
 """Below this, one CPU thread beats several: two threads on busy cores spin at their barriers (docs/LOG.md)."""
 CLOSE_TIMEOUT_S = 60.0
-DEFAULT_MAX_LORA_RANK = 64
-"""Of `ServiceClient()`, which cannot know what ranks will come; vLLM takes memory for the largest."""
+DEFAULT_LORA_SLOTS = 4
+"""Adapter versions in one batch on a GPU, where each slot takes the memory of an adapter of the largest rank."""
+DEFAULT_MAX_LORA_RANK = 128
+"""Where nobody says what ranks will come (`ServiceClient()`, `ptlab serve`): the largest of the cookbook. vLLM takes memory for it."""
 MIN_RAM_DISK_BYTES = 2**30
 """Less is not worth it: containers often have a RAM disk of 64 MiB, an adapter of an 8B model takes 175."""
 logger = logging.getLogger(__name__)
@@ -104,6 +106,19 @@ def open_service(config: RunConfig) -> Iterator[LocalService]:
             yield LocalService(client, metrics)
     finally:
         _disconnect(connection)
+
+
+@contextmanager
+def open_remote(config: RunConfig, base_url: str) -> Iterator[LocalService]:
+    """The same for a run on a server: `ptlab serve`, or any that speaks Tinker. The key is TINKER_API_KEY; engines are the server's own."""
+    from ptlab.client.remote import RemoteServiceClient
+    from ptlab.engines.base_model import load_tokenizer
+
+    paths = {config.model.name: config.model.path} if config.model.path else {}
+    with RemoteServiceClient(
+        load_tokenizer=lambda name: load_tokenizer(resolve_model(name, paths)), base_url=base_url, display_name=config.name
+    ) as client:
+        yield LocalService(cast("ServiceClient", client), MetricsBox())  # it has what recipes use
 
 
 def data_dir() -> Path:
@@ -178,11 +193,13 @@ def resolve_model(name: str, paths: Mapping[str, str]) -> str:
     return name
 
 
-def open_engines(name: str, path: str, config: EnginesConfig, max_lora_rank: int) -> Engines:
+def open_engines(name: str, path: str, config: EnginesConfig, max_lora_rank: int, *, own_process: bool = False) -> Engines:
     """Load trainer, sampler and tokenizer of one base model. Takes seconds to minutes.
 
     Args:
         max_lora_rank: largest rank the sampler must serve, unless the config says another.
+        own_process: on a CPU too vLLM gets a process of its own, as it has on a GPU anyway. For the second base model of a process and
+            those after it, which would sample in turns with the first. Small models gain nothing by it and stay (docs/samplers.md).
     Raises: ConfigError if there is no such model, or the sampler is not installed.
     """
     from ptlab.engines.base_model import load_tokenizer
@@ -190,9 +207,9 @@ def open_engines(name: str, path: str, config: EnginesConfig, max_lora_rank: int
     match config.trainer.kind:
         case "peft":
             trainer = _open_peft(name, path, config.trainer)
-    return Engines(
-        trainer=trainer, sampler=_open_sampler(name, path, config.sampler, trainer, max_lora_rank), tokenizer=load_tokenizer(path)
-    )
+    mode: Literal["auto", "process"] = "process" if own_process and trainer.num_parameters >= SMALL_MODEL_PARAMETERS else "auto"
+    sampler = _open_sampler(name, path, config.sampler, trainer, max_lora_rank, mode)
+    return Engines(trainer=trainer, sampler=sampler, tokenizer=load_tokenizer(path))
 
 
 def _open_peft(name: str, path: str, config: PeftTrainerConfig) -> PeftTrainer:
@@ -210,7 +227,12 @@ def _open_peft(name: str, path: str, config: PeftTrainerConfig) -> PeftTrainer:
 
 
 def _open_sampler(
-    name: str, path: str, config: TorchSamplerConfig | VllmSamplerConfig, trainer: PeftTrainer, max_lora_rank: int
+    name: str,
+    path: str,
+    config: TorchSamplerConfig | VllmSamplerConfig,
+    trainer: PeftTrainer,
+    max_lora_rank: int,
+    mode: Literal["auto", "process"],
 ) -> Sampler:
     dtype = trainer.info.dtype if config.dtype == "auto" else config.dtype
     match config.kind:
@@ -227,8 +249,9 @@ def _open_sampler(
                 path,
                 name=name,
                 dtype=dtype,
+                mode=mode,
                 max_context_length=plan.longest_tokens if plan else None,
-                max_loras=config.max_loras,
+                max_loras=config.max_loras or (DEFAULT_LORA_SLOTS if plan else None),
                 max_lora_rank=rank,
                 engine_args=plan.engine_args if plan else None,
             )
@@ -247,6 +270,6 @@ def _gpu_plan(path: str, config: VllmSamplerConfig, trainer: PeftTrainer, lora_r
         path,
         num_parameters=trainer.num_parameters,
         lora_rank=lora_rank,
-        lora_slots=config.max_loras,
+        lora_slots=config.max_loras or DEFAULT_LORA_SLOTS,
         gpu_memory_utilization=config.gpu_memory_utilization,
     )

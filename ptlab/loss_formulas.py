@@ -12,6 +12,8 @@ gradient even where torch.where drops the value.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -109,6 +111,44 @@ def gspo(
     ratio_T = torch.exp(log_ratio_T + own_T - own_T.detach())
     advantages_T = torch.where(counts_T, advantages_T, 0.0)
     return -torch.minimum(ratio_T * advantages_T, clip_ratio(ratio_T, clip_low_threshold, clip_high_threshold) * advantages_T)
+
+
+def stable_reinforce(
+    target_logprobs_T: Tensor,
+    sampling_logprobs_T: Tensor,
+    advantages_T: Tensor,
+    *,
+    kl_coeff: float,
+    max_importance_weight: float,
+    max_logprob_gap: float,
+) -> Tensor:
+    """REINFORCE for stale rollouts: log p * A under a constant, truncated weight; a token that moved too far is left out.
+
+    ptlab's formula under the API's name; that of the hosted service is not public. With r = p / q and w = min(r, max_importance_weight):
+    - a token gives -w * A * log p, w a constant; a masked one (moved_too_far) 0.0 with gradient 0.0;
+    - and, masked or not, kl_coeff * k3 with k3 = r - 1 - log r >= 0, gradient kl_coeff * (w - 1) by log p. On tokens drawn from q the
+      means of k3 and of its gradient are KL(q || p) and the gradient of that, without bias where nothing is truncated; beyond the
+      truncation k3 goes on as a straight line in log r.
+    A token the trainer gives probability 0 has no gradient and gives 0.0.
+    Source: REINFORCE (Williams 1992); truncated importance weights (Ionides 2008); k3 (Schulman 2020, "Approximating KL Divergence").
+    """
+    counts_T = (advantages_T != 0) & ~torch.isneginf(target_logprobs_T)
+    log_ratio_T = token_log_ratio(target_logprobs_T, sampling_logprobs_T, counts_T)
+    weights_T = torch.exp(log_ratio_T.detach()).clamp(max=max_importance_weight)
+    learns_T = counts_T & ~moved_too_far(target_logprobs_T, sampling_logprobs_T, advantages_T, max_logprob_gap)
+    gains_T = weights_T * torch.where(learns_T, advantages_T, 0.0) * torch.where(learns_T, target_logprobs_T, 0.0)
+    bend = math.log(max_importance_weight)
+    curved_T, beyond_T = log_ratio_T.clamp(max=bend), (log_ratio_T - bend).clamp(min=0)
+    k3_T = torch.expm1(curved_T) - curved_T + (max_importance_weight - 1) * beyond_T
+    return kl_coeff * k3_T - gains_T
+
+
+def moved_too_far(target_logprobs_T: Tensor, sampling_logprobs_T: Tensor, advantages_T: Tensor, max_logprob_gap: float) -> Tensor:
+    """True where log p - log q is beyond the bound (nats) on the side to which the advantage pushes.
+
+    A token that moved the other way is not: without its gradient nothing would bring it back. NaN is not: a fault must show.
+    """
+    return (target_logprobs_T.detach() - sampling_logprobs_T) * advantages_T.sign() > max_logprob_gap
 
 
 def token_log_ratio(target_logprobs_T: Tensor, sampling_logprobs_T: Tensor, counts_T: Tensor) -> Tensor:

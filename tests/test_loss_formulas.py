@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ptlab.loss_formulas import MAX_LOG_RATIO, sequence_log_ratio
-from ptlab.losses import cispo, cross_entropy, dro, gspo, importance_sampling, ppo
+from ptlab.losses import cispo, cross_entropy, dro, gspo, importance_sampling, ppo, stable_reinforce
 
 LN2 = math.log(2)
 INF = math.inf
@@ -179,3 +179,39 @@ def test_an_impossible_token_with_an_advantage_has_no_gradient_and_no_nan() -> N
         policy_loss(name, torch.tensor([-1.0]), torch.tensor([1.0]))(lp).sum().backward()
         assert lp.grad is not None
         assert math.isfinite(lp.grad.item()), name
+
+
+def stable(advantages: list[float], sampling: Tensor, **numbers: float) -> Callable[[Tensor], Tensor]:
+    config = {"kl_coeff": 0.0, "max_importance_weight": 2.0, "max_logprob_gap": math.log(1.6)} | numbers
+    return partial(stable_reinforce, sampling_logprobs_T=sampling, advantages_T=torch.tensor(advantages), **config)
+
+
+def test_stable_reinforce_weighs_truncates_and_masks() -> None:
+    # ratios 1.5, 0.5 and 1.75 with A = 1; 3, 0.75 and 0.5 with A = -1; the weight ends at 2, the mask begins at 1.6 and 1 / 1.6
+    fn = stable([1.0, 1.0, 1.0, -1.0, -1.0, -1.0], logs(0.5, 0.5, 0.5, 0.25, 0.5, 0.5))
+    lp = logs(0.75, 0.25, 0.875, 0.75, 0.375, 0.25)
+    losses = [-1.5 * math.log(0.75), 0.5 * math.log(4), 0.0, 2 * math.log(0.75), 0.75 * math.log(0.375), 0.0]
+    check(fn, lp, losses, [-1.5, -0.5, 0.0, 2.0, 0.75, 0.0])
+
+
+def test_stable_reinforce_pulls_back_to_the_sampler_and_no_harder_than_the_truncated_weight() -> None:
+    # k3 = r - 1 - ln r, gradient r - 1: r = 1, 0.5, 1.5; from r = 2 on the tangent of slope 1: r = 4 gives 2 - 1 - ln 2 + 1 * ln 2 = 1
+    fn = stable([1e-30, 1e-30, -1e-30, 1e-30], logs(0.25, 0.5, 0.5, 0.25), kl_coeff=0.5)
+    losses = [0.0, 0.5 * (-0.5 + LN2), 0.5 * (0.5 - math.log(1.5)), 0.5]
+    check(fn, logs(0.25, 0.25, 0.75, 1.0), losses, [0.0, -0.25, 0.25, 0.5])
+
+
+def test_stable_reinforce_on_policy_is_reinforce() -> None:
+    lp = logs(0.5, 0.25, 1.0)
+    check(stable([2.0, -1.0, 3.0], lp, kl_coeff=0.7), lp, [2 * LN2, -2 * LN2, 0.0], [-2.0, 1.0, -3.0])
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize("sampling", [-0.5, -1e9])
+def test_stable_reinforce_bears_a_token_the_trainer_thinks_impossible(advantage: float, sampling: float) -> None:
+    check(stable([advantage], torch.tensor([sampling]), kl_coeff=1.0), torch.tensor([-INF]), [0.0], [0.0])
+
+
+def test_stable_reinforce_does_not_hide_a_nan_of_the_trainer() -> None:
+    fn = stable([1.0], torch.tensor([-0.5]))
+    assert fn(torch.tensor([math.nan])).isnan().all()

@@ -1,10 +1,8 @@
-"""The table of losses, the checks of a datum, the sum over datums, and the metrics. The formulas: test_loss_formulas.py."""
+"""The checks of a datum, the sum over datums, and the metrics. The formulas: test_loss_formulas.py; `custom`: test_losses_custom.py."""
 
 from __future__ import annotations
 
-import copy
 import math
-import pickle
 from typing import Any
 
 import numpy as np
@@ -38,65 +36,6 @@ def make_datum(loss: str, tokens: list[int] | None = None, **changes: Any) -> Da
 
 def check(loss: str, datum: Datum, **config: float) -> None:
     check_datum(datum, resolve_loss(loss, config), index=3, vocab_size=10, max_tokens=6)
-
-
-# ---------------------------------------------------------------------------------------------------------------- resolve
-
-
-@pytest.mark.parametrize(
-    ("name", "defaults"),
-    [
-        ("cross_entropy", {}),
-        ("importance_sampling", {}),
-        ("ppo", {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}),
-        ("cispo", {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}),
-        ("dro", {"beta": 0.05}),
-        ("gspo", {"clip_low_threshold": 0.9997, "clip_high_threshold": 1.0004}),
-    ],
-)
-def test_defaults_are_those_of_the_api(name: str, defaults: dict[str, float]) -> None:
-    assert resolve_loss(name) == resolve_loss(name, {}) == LossCall(name, pytest.approx(defaults))
-    assert set(LOSSES) == {"cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo"}
-
-
-def test_a_given_number_replaces_one_default_and_leaves_the_table_alone() -> None:
-    call = resolve_loss("ppo", {"clip_high_threshold": np.float32(1.5)})  # numpy scalars come from sweeps
-    assert call.config == {"clip_low_threshold": 0.8, "clip_high_threshold": 1.5}
-    assert resolve_loss("ppo").config["clip_high_threshold"] == 1.2
-
-
-def test_a_loss_call_can_cross_a_process_border() -> None:
-    call = resolve_loss("cispo", {"clip_high_threshold": 3})
-    assert pickle.loads(pickle.dumps(call)) == copy.deepcopy(call) == call
-
-
-@pytest.mark.parametrize(
-    ("name", "config", "message"),
-    [
-        ("ppoo", {}, r"unknown loss 'ppoo' \(did you mean 'ppo'\?\); known: cross_entropy, importance_sampling, ppo, cispo, dro, gspo"),
-        ("reinforce", {}, r"unknown loss 'reinforce'.*known: cross_entropy"),
-        ("stable_reinforce", {}, r"'stable_reinforce' is not served: its formula is not public"),
-        ("custom", {"loss_id": "loss-0"}, r"'custom' is not served.*forward_backward_custom\(data, loss_fn\)"),
-        ("ppo", {"clip_low": 0.8}, r"loss 'ppo': unknown config key 'clip_low' \(did you mean 'clip_low_threshold'\?\); known: clip_low"),
-        ("importance_sampling", {"beta": 0.1}, r"unknown config key 'beta'; it has no config"),
-        ("dro", {"beta": NAN}, r"loss 'dro': config 'beta' is nan"),
-        ("cispo", {"clip_high_threshold": INF}, r"config 'clip_high_threshold' is inf; its size must be at most 1e\+09"),
-        ("dro", {"beta": "0.1"}, r"config 'beta' is '0.1'; it must be a number"),
-        ("dro", {"beta": True}, r"config 'beta' is True; it must be a number"),
-        ("dro", {"beta": -0.1}, r"beta is -0.1; it must be >= 0"),
-        ("cispo", {"clip_low_threshold": 5.0}, r"clip_low_threshold 5.0 is above clip_high_threshold 4.0"),
-        ("ppo", {"clip_low_threshold": 0.2, "clip_high_threshold": 0.2}, r"do not enclose 1.*ratios \(e.g. 0.8 and 1.2\), not distances"),
-        ("gspo", {"clip_low_threshold": 3e-4, "clip_high_threshold": 4e-4}, r"loss 'gspo'.*do not enclose 1"),
-    ],
-)
-def test_resolve_refuses_by_name(name: str, config: dict[str, float | str], message: str) -> None:
-    with pytest.raises(InvalidRequestError, match=message):
-        resolve_loss(name, config)
-
-
-def test_cispo_bounds_need_not_enclose_one() -> None:
-    # they bound a weight, not the gain: with (0, 0.5) every token still learns
-    assert resolve_loss("cispo", {"clip_high_threshold": 0.5}).config["clip_high_threshold"] == 0.5
 
 
 # ------------------------------------------------------------------------------------------------------------ check_datum
@@ -256,7 +195,7 @@ def test_the_sum_is_over_tokens_and_datums_without_any_division() -> None:
     )
 
 
-@pytest.mark.parametrize("loss", ["importance_sampling", "ppo", "cispo", "dro", "gspo"])
+@pytest.mark.parametrize("loss", ["importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce"])
 def test_weights_multiply_the_loss_and_zero_removes_a_token(loss: str) -> None:
     call = resolve_loss(loss)
     lp = torch.tensor([-3.0, -1.0, -0.6, -0.2])
@@ -270,14 +209,14 @@ def test_weights_multiply_the_loss_and_zero_removes_a_token(loss: str) -> None:
     assert left[0][3] == gradient[0][3]  # gspo: the removed token still takes part in the sequence's ratio
 
 
-@pytest.mark.parametrize("loss", ["importance_sampling", "ppo", "cispo", "dro", "gspo"])
+@pytest.mark.parametrize("loss", ["importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce"])
 @pytest.mark.parametrize(("target", "sampling"), [(-INF, -INF), (-INF, 0.0), (-1.0, -1e30), (-1e30, 0.0)])
 def test_a_token_of_weight_zero_is_exactly_zero_whatever_its_advantage(loss: str, target: float, sampling: float) -> None:
     call = resolve_loss(loss)
     datum = make_datum(loss, logprobs=[sampling, 0.0, -0.5, -0.25], advantages=[1.0, 0.0, 1.0, 0.0], weights=[0.0, 1.0, 1.0, 1.0])
     check(loss, datum)
     total, [gradient] = sum_and_gradient(call, [torch.tensor([target, 0.0, -0.5, -0.25])], [loss_inputs(datum, call)])
-    on_policy = 0.5 if loss in ("cispo", "dro") else -1.0  # -(lp * A) with lp = -0.5, or -(ratio * A) with ratio 1
+    on_policy = 0.5 if loss in ("cispo", "dro", "stable_reinforce") else -1.0  # -(lp * A) with lp = -0.5, or -(ratio * A) with ratio 1
     assert total.item() == pytest.approx(on_policy, rel=1e-6)
     assert gradient.tolist() == pytest.approx([0.0, 0.0, -1.0, 0.0], rel=1e-6)
 
@@ -401,6 +340,29 @@ def test_ppo_metrics_by_hand() -> None:
             "kl_sample_train_v2:mean": 0.5 * sum(gap**2 for gap in gaps) / 2,
         },
         rel=1e-6,
+    )
+
+
+def test_stable_reinforce_metrics_by_hand() -> None:
+    # A = 1: ratios 1.5 (trained), 3 (masked, so not truncated), 0.25 (trained); A = -1: ratio 4 (truncated); the prompt does not count
+    call = resolve_loss("stable_reinforce", {"max_logprob_gap": math.log(1.6), "kl_coeff": 0.0})
+    q, p = [0.5, 0.25, 0.5, 0.125], [0.75, 0.75, 0.125, 0.5]
+    inputs = {"logprobs": torch.tensor([0.0, *map(math.log, q)]), "advantages": torch.tensor([0.0, 1.0, 1.0, 1.0, -1.0])}
+    metrics = loss_metrics(call, [torch.tensor([-9.0, *map(math.log, p)])], [inputs])
+    gaps = [math.log(a / b) for a, b in zip(q, p, strict=True)]
+    assert metrics == pytest.approx(
+        {
+            "loss:sum": -1.5 * math.log(0.75) - 0.25 * math.log(0.125) + 2 * math.log(0.5),
+            "tokens:sum": 4.0,
+            "ratio:mean": (1.5 + 3 + 0.25 + 4) / 4,
+            "ratio:max": 4.0,
+            "ratio:min": 0.25,
+            "masked_fraction:mean": 0.25,
+            "truncated_fraction:mean": 0.25,
+            "kl_sample_train_v1:mean": sum(gaps) / 4,
+            "kl_sample_train_v2:mean": 0.5 * sum(gap**2 for gap in gaps) / 4,
+        },
+        rel=1e-5,
     )
 
 

@@ -18,7 +18,8 @@ from ptlab.types import Datum, ModelInput
 Floats = npt.NDArray[np.float64]
 VOCAB_SIZE = 1000
 RELATIVE_ERROR = 1e-5  # the acceptance bound of issue 2; float32 rounding of log p - log q costs about 1e-6 of it
-DRO_ABSOLUTE_ERROR = 1e-7  # dro's gradient is a difference of two terms of size 1: where they cancel, one rounding of them remains
+ABSOLUTE_ERROR = 1e-6  # of gradients that are differences of terms of size 1: where they cancel, a rounding of them remains
+DIFFERENCES = ("dro", "stable_reinforce")
 
 CONFIGS: Mapping[str, list[dict[str, float]]] = {
     "cross_entropy": [{}],
@@ -27,6 +28,7 @@ CONFIGS: Mapping[str, list[dict[str, float]]] = {
     "cispo": [{}, {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}],
     "dro": [{}, {"beta": 0.7}],
     "gspo": [{}, {"clip_low_threshold": 0.5, "clip_high_threshold": 1.5}],
+    "stable_reinforce": [{}, {"kl_coeff": 0.3, "max_importance_weight": 1.5, "max_logprob_gap": 0.3}],
 }
 CASES = [(name, config) for name, configs in CONFIGS.items() for config in configs]
 
@@ -41,6 +43,15 @@ def reference(name: str, lp: Floats, given: Mapping[str, Floats], config: Mappin
         loss = -(lp * advantages) + 0.5 * config["beta"] * (lp - q) ** 2
         return weights * loss, weights * (config["beta"] * (lp - q) - advantages)
     ratio = np.exp(lp - q)
+    if name == "stable_reinforce":
+        kl_coeff, cap, gap = (config[key] for key in ("kl_coeff", "max_importance_weight", "max_logprob_gap"))
+        weight = np.where(ratio > cap, cap, ratio)
+        learns = np.where(advantages > 0, lp - q <= gap, q - lp <= gap).astype(float)
+        # k3 up to the cap, from there on its tangent
+        k3 = np.where(ratio > cap, cap - 1 - np.log(cap) + (cap - 1) * (lp - q - np.log(cap)), ratio - 1 - (lp - q))
+        counts = (advantages != 0) & (weights != 0)
+        loss = -learns * weight * advantages * lp + counts * kl_coeff * k3
+        return weights * loss, weights * (-learns * weight * advantages + counts * kl_coeff * (weight - 1))
     if name == "importance_sampling":
         return -weights * ratio * advantages, -weights * ratio * advantages
     low = given.get("clip_low_threshold", np.full_like(lp, config["clip_low_threshold"]))
@@ -109,12 +120,15 @@ def test_value_and_gradient_equal_float64(name: str, config: dict[str, float], o
     expected_total, expected_gradients = expect(loss, data, logprobs)
     assert abs(total - expected_total) <= RELATIVE_ERROR * abs(expected_total)
     for gradient, expected in zip(gradients, expected_gradients, strict=True):
-        np.testing.assert_allclose(gradient, expected, rtol=RELATIVE_ERROR, atol=DRO_ABSOLUTE_ERROR if name == "dro" else 0)
+        np.testing.assert_allclose(gradient, expected, rtol=RELATIVE_ERROR, atol=ABSOLUTE_ERROR if name in DIFFERENCES else 0)
     # the data reach every branch: tokens with and without a gradient, where the loss knows both
     if LOSSES[name].clips == "gain":
         sampled = np.concatenate([datum.loss_fn_inputs["advantages"].to_numpy() != 0 for datum in data])
         vanished = np.concatenate(expected_gradients)[sampled] == 0
         assert 0 < vanished.sum() < len(vanished)
+    if name == "stable_reinforce":
+        metrics = loss_metrics(loss, logprobs, [loss_inputs(datum, loss) for datum in data])
+        assert 0 < metrics["masked_fraction:mean"] < 1 and 0 < metrics["truncated_fraction:mean"] < 1
 
 
 @pytest.mark.parametrize("name", ["ppo", "cispo"])
@@ -142,7 +156,7 @@ def test_cross_entropy_with_k_targets_equals_float64() -> None:
     np.testing.assert_array_equal(gradients[0], -weights.astype(np.float64))
 
 
-@pytest.mark.parametrize("name", ["importance_sampling", "ppo", "cispo", "dro"])
+@pytest.mark.parametrize("name", ["importance_sampling", "ppo", "cispo", "dro", "stable_reinforce"])
 def test_metrics_equal_float64(name: str) -> None:
     rng = np.random.default_rng(1)
     loss = resolve_loss(name)
@@ -167,4 +181,23 @@ def test_metrics_equal_float64(name: str) -> None:
         "kl_sample_train_v1:mean": (q - lp)[counts].mean(),
         "kl_sample_train_v2:mean": 0.5 * ((q - lp)[counts] ** 2).mean(),
     } | ({"clip_fraction:mean": clipped[name][counts].mean()} if name in clipped else {})
+    if name == "stable_reinforce":
+        masked = (lp - q) * np.sign(advantages) > loss.config["max_logprob_gap"]
+        expected["masked_fraction:mean"] = masked[counts].mean()
+        expected["truncated_fraction:mean"] = (~masked & (ratio > loss.config["max_importance_weight"]))[counts].mean()
     assert metrics == pytest.approx(expected, rel=RELATIVE_ERROR)
+
+
+def test_the_kl_penalty_is_an_unbiased_estimate_of_the_divergence_and_of_its_gradient() -> None:
+    """Over all tokens of a vocabulary, each with its probability under q: sum q k3 = KL(q || p), and its gradient by the logits of p."""
+    loss = resolve_loss("stable_reinforce", {"kl_coeff": 1.0, "max_importance_weight": 1e9, "max_logprob_gap": 1e-9})
+    generator = torch.Generator().manual_seed(0)
+    q_V, logits_V = torch.randn(50, generator=generator).log_softmax(0), torch.randn(50, generator=generator).requires_grad_()
+    tiny = torch.full((50,), 1e-20)  # the token must count; its policy gradient is nothing
+    inputs = {"target_tokens": torch.arange(50), "logprobs": q_V, "advantages": tiny, "weights": q_V.exp()}
+    penalty = loss_sum(loss, [logits_V.log_softmax(0)], [inputs])
+    (gradient,) = torch.autograd.grad(penalty, logits_V)
+    divergence = (q_V.exp() * (q_V - logits_V.log_softmax(0))).sum()
+    (expected,) = torch.autograd.grad(divergence, logits_V)
+    assert penalty.item() == pytest.approx(divergence.item(), rel=1e-5)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)

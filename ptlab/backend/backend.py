@@ -8,22 +8,31 @@ All coroutines run on one event loop; blocking work happens on the trainers' thr
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import logging
+import secrets
 import shutil
+import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from ptlab.backend.catalog import Catalog
 from ptlab.backend.checkpoints import CheckpointPath, Checkpoints, Kind, Manifest, Probe, checked, expiry
-from ptlab.backend.records import Model, Session, check_adam, digest
+from ptlab.backend.models import Models, Replayable, TrainingPass
+from ptlab.backend.parking import Parking
+from ptlab.backend.records import LOCAL_OWNER, Model, Session, digest
 from ptlab.backend.runs import Runs
 from ptlab.backend.sampling import SamplingSession, SamplingSessions
-from ptlab.backend.served import ServedModel
+from ptlab.backend.sequences import Sequences
+from ptlab.backend.served import ServedModel, ServedModels
+from ptlab.backend.store import LossRow, RequestRow, SessionRow, Store
 from ptlab.engines.protocols import AdapterRef, Engines, lora_alpha
-from ptlab.errors import CheckpointError, InvalidRequestError, NotFoundError, WeightSyncError
-from ptlab.losses import check_datum, resolve_loss
+from ptlab.errors import InvalidRequestError, NotFoundError, WeightSyncError
+from ptlab.loss_graph import LossGraph
+from ptlab.losses import LossCall, resolve_loss
 from ptlab.types import (
     AdamParams,
     Datum,
@@ -40,19 +49,26 @@ from ptlab.types import (
     SaveWeightsResponse,
 )
 
+T = TypeVar("T")
 LossConfig = Mapping[str, float | str] | None
+logger = logging.getLogger(__name__)
 
 
 class Backend:
     """See the module text.
 
     Args:
-        data_dir: checkpoints and runs live here and are found again by the next process.
-        scratch_dir: for versions that live only while someone samples from them; a RAM disk serves best. Emptied on close.
+        data_dir: checkpoints, runs and parked models live here and are found again by the next process.
+        scratch_dir: for versions that live only while someone samples from them; a RAM disk serves best.
         open_engines: makes the engines of a base model by name (blocking). Raises InvalidRequestError for names it cannot serve.
         on_metrics: told the `sync/*` metrics of each weight sync.
         base_models: names to show as supported before anyone has asked for them.
         unembed: what to do about train_unembed where the sampler cannot serve it: "auto" = train without and warn, "require" = refuse.
+        max_lora_rank: largest rank of a new adapter; None = any the sampler takes.
+        store: what survives this process besides files; None = nothing does, and the scratch directory is emptied on close.
+        read_journal: what a stored request did to its model; the face that stores requests knows (backend/requests.py).
+        seed: draws and first adapter weights for which no client gave a seed follow from it; None = they are random.
+        strict_losses: refuse losses whose formula is ptlab's own although the hosted service has one of that name.
     """
 
     def __init__(
@@ -64,50 +80,113 @@ class Backend:
         on_metrics: Callable[[Mapping[str, float]], None],
         base_models: Sequence[str] = (),
         unembed: Literal["auto", "require"] = "auto",
+        max_lora_rank: int | None = None,
+        store: Store | None = None,
+        read_journal: Callable[[RequestRow], Replayable] | None = None,
+        seed: int | None = None,
+        strict_losses: bool = False,
     ) -> None:
-        self._unembed = unembed
+        self._durable = store is not None
+        self.store = store or Store.open(None)
         self._checkpoints = Checkpoints(data_dir)
         self._runs = Runs(data_dir, self._checkpoints)
         self._scratch = scratch_dir
-        self._open_engines = open_engines
-        self._on_metrics = on_metrics
-        self._served: dict[str, asyncio.Task[ServedModel]] = {}
+        self._seed = seed
+        self._strict_losses = strict_losses
+        self.served = ServedModels(open_engines, on_metrics)
         self._sessions: dict[str, Session] = {}
-        self._models: dict[str, Model] = {}
-        self.sampling = SamplingSessions(self._checkpoints, self._serve)
-        self.catalog = Catalog(self._checkpoints, self._runs, base_models, self._opened)
+        sequences = Sequences(self.store)
+        self.sampling = SamplingSessions(self._checkpoints, self.store, sequences, self.served.get)
+        self.models = Models(
+            store=self.store,
+            checkpoints=self._checkpoints,
+            runs=self._runs,
+            sequences=sequences,
+            serve=self.served.get,
+            resolve_loss=self._resolve_loss,
+            read_journal=read_journal or (lambda _: None),
+            settled=_nothing_to_settle,
+            parking=Parking(data_dir),
+            durable=self._durable,
+            unembed=unembed,
+            max_lora_rank=max_lora_rank,
+            by_id={},
+        )
+        self.catalog = Catalog(self._checkpoints, self._runs, base_models, self.served.opened)
 
     async def close(self) -> None:
         """End every engine and delete what was only for this process."""
         self.sampling.forget_all()  # their versions end with the engines
-        for task in self._served.values():
-            if task.done() and not task.cancelled() and task.exception() is None:
-                await task.result().close()
-            else:
-                task.cancel()
-        self._served.clear()
-        await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)
+        await self.served.close()
+        if not self._durable:
+            await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)
+        await asyncio.to_thread(self.store.close)
+
+    async def restore(self) -> None:
+        """What earlier processes with the same store left: sessions, parked models, sampling sessions."""
+        for row in await self.store.sessions():
+            session = Session(row.session_id, row.ordinal, row.owner, row.user_metadata, row.display_name, row.project_id, row.created)
+            session.finished = row.finished
+            self._sessions[row.session_id] = session
+        for model in await self.store.models():
+            await self.models.restore(model, self._sessions[model.session_id])
+        versions = set()
+        for sampler in await self.store.samplers():
+            self.sampling.restore(sampler)
+            versions.add(Path(sampler.version["path"]).name if sampler.version else "")
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        for directory in self._scratch.iterdir():
+            if directory.name not in versions:
+                await asyncio.to_thread(shutil.rmtree, directory)
 
     # -- sessions and base models
 
     async def create_session(
-        self, *, user_metadata: dict[str, str] | None = None, project_id: str | None = None, display_name: str | None = None
+        self,
+        *,
+        user_metadata: dict[str, str] | None = None,
+        project_id: str | None = None,
+        display_name: str | None = None,
+        owner: str = LOCAL_OWNER,
+        tags: Sequence[str] = (),
     ) -> str:
-        del project_id  # one user, one project
-        session = Session(str(uuid.uuid4()), user_metadata, display_name)
+        now = time.time()
+        row = await self.store.add_session(
+            SessionRow(
+                session_id=str(uuid.uuid4()),
+                ordinal=0,
+                owner=owner,
+                user_metadata=user_metadata,
+                display_name=display_name,
+                project_id=project_id,
+                tags=list(tags),
+                created=now,
+                last_seen=now,
+                finished=None,
+            )
+        )
+        session = Session(row.session_id, row.ordinal, owner, user_metadata, display_name, project_id)
         self._sessions[session.session_id] = session
         return session.session_id
 
+    async def heartbeat(self, session_id: str) -> None:
+        """The client is still there. Raises: NotFoundError for a session that is unknown or finished."""
+        session = self.session(session_id)
+        if session.finished is not None:
+            raise NotFoundError(f"session {session_id!r} is finished ({session.finished})")
+        session.last_seen = time.time()
+
     async def finish_session(self, session_id: str, *, status: str, detail: str | None = None) -> None:
-        """The first status wins. Models stay until the process ends: their checkpoints may still be asked for."""
-        session = self._session(session_id)
+        """The first status wins. Models stay: their checkpoints may still be asked for."""
+        session = self.session(session_id)
         if session.finished is None:
             session.finished = status if detail is None else f"{status}: {detail}"
+            await self.store.set_session(session_id, finished=session.finished)
         for sampler_id in self.sampling.ids_of(session_id):
             await self.sampling.release_sampling_session(sampler_id)
 
     async def get_session(self, session_id: str) -> GetSessionResponse:
-        session = self._session(session_id)
+        session = self.session(session_id)
         return GetSessionResponse(
             training_run_ids=session.model_ids,
             sampler_ids=self.sampling.ids_of(session_id),
@@ -115,50 +194,39 @@ class Backend:
             display_name=session.display_name,
         )
 
-    async def list_sessions(self, limit: int, offset: int) -> ListSessionsResponse:
-        """Newest first."""
-        return ListSessionsResponse(sessions=list(self._sessions)[::-1][offset : offset + limit])
+    async def list_sessions(self, limit: int, offset: int, owner: str | None = None) -> ListSessionsResponse:
+        """Newest first; of one owner, or of all."""
+        ids = [session.session_id for session in self._sessions.values() if owner in (None, session.owner)]
+        return ListSessionsResponse(sessions=ids[::-1][offset : offset + limit])
 
-    def _session(self, session_id: str) -> Session:
+    def session(self, session_id: str) -> Session:
+        """Raises: NotFoundError."""
         if session_id not in self._sessions:
             raise NotFoundError(f"no session {session_id!r}")
         return self._sessions[session_id]
 
-    async def _serve(self, base_model: str) -> ServedModel:
-        """The engines of a base model, opened once; everyone who asks meanwhile waits for the same opening."""
-        task = self._served.get(base_model)
-        if task is None:
-            task = asyncio.create_task(ServedModel.open(lambda: self._open_engines(base_model), self._on_metrics))
-            self._served[base_model] = task
-        try:
-            return await asyncio.shield(task)
-        except Exception:
-            if self._served.get(base_model) is task and task.done():
-                del self._served[base_model]  # the next request may try again
-            raise
-
-    def _opened(self) -> list[ServedModel]:
-        return [t.result() for t in self._served.values() if t.done() and not t.cancelled() and t.exception() is None]
+    def live_sessions(self) -> list[Session]:
+        return [session for session in self._sessions.values() if session.finished is None]
 
     async def get_tokenizer(self, base_model: str) -> Any:
-        return (await self._serve(base_model)).engines.tokenizer
+        return (await self.served.get(base_model)).engines.tokenizer
+
+    def seed_for(self, *what: object) -> int | None:
+        """A seed in 0 .. 2**63 - 1 that follows from the backend's own, or None if that has none."""
+        if self._seed is None:
+            return None
+        return int.from_bytes(hashlib.blake2b(repr((self._seed, *what)).encode(), digest_size=8).digest()) >> 1
 
     # -- models
 
     async def create_model(
         self, *, session_id: str, model_seq_id: int, base_model: str, lora: LoraConfig, user_metadata: dict[str, str] | None = None
     ) -> str:
-        model = self._register(session_id, model_seq_id, base_model, lora)
-
-        async def create() -> str:
-            served = await self._serve(base_model)
-            model.lora = served.servable(lora, self._unembed)
-            await served.run_in_trainer(lambda: served.engines.trainer.create_adapter(model.model_id, model.lora))
-            await asyncio.to_thread(self._runs.record, model.model_id, base_model, model.lora, user_metadata)
-            model.served = served
-            return model.model_id
-
-        return await self._create(model, create)
+        session = self.session(session_id)
+        if lora.seed is None:  # chosen here, so that a model can be made again after a crash
+            seed = self.seed_for("lora", session.ordinal, model_seq_id)
+            lora = lora.model_copy(update={"seed": secrets.randbits(31) if seed is None else seed & 0x7FFFFFFF})
+        return await self.models.create(session, model_seq_id, base_model, lora, user_metadata)
 
     async def create_model_from_state(
         self,
@@ -171,126 +239,83 @@ class Backend:
         user_metadata: dict[str, str] | None = None,
     ) -> str:
         """A new model with the weights of a checkpoint and its rank and flags; with_optimizer it continues bit for bit."""
-        model = self._register(session_id, model_seq_id, base_model or "", LoraConfig(rank=1))
-
-        async def create() -> str:
-            manifest, directory = await self._readable_state(path, with_optimizer)
-            if base_model is not None and base_model != manifest.base_model:
-                raise CheckpointError(
-                    f"{path} was trained on {manifest.base_model}, not on {base_model}; leave base_model out or name that one"
-                )
-            served = await self._serve(manifest.base_model)
-
-            def load() -> None:
-                served.engines.trainer.create_adapter(model.model_id, manifest.lora)
-                try:
-                    served.engines.trainer.load_state(model.model_id, directory, with_optimizer=with_optimizer)
-                except BaseException:
-                    served.engines.trainer.remove_adapter(model.model_id)
-                    raise
-
-            await served.run_in_trainer(load)
-            await asyncio.to_thread(self._runs.record, model.model_id, manifest.base_model, manifest.lora, user_metadata)
-            model.served, model.base_model, model.lora, model.step = served, manifest.base_model, manifest.lora, manifest.step
-            return model.model_id
-
-        return await self._create(model, create)
-
-    def _register(self, session_id: str, model_seq_id: int, base_model: str, lora: LoraConfig) -> Model:
-        model_id = f"{session_id}:train:{model_seq_id}"
-        session = self._session(session_id)
-        if model_id in self._models:
-            raise InvalidRequestError(f"model {model_id} exists already")
-        model = self._models[model_id] = Model(model_id, base_model, lora)
-        session.model_ids.append(model_id)
-        return model
-
-    async def _create(self, model: Model, create: Callable[[], Any]) -> str:
-        async def remembering_failure() -> str:
-            try:
-                created: str = await create()
-            except Exception as err:
-                model.failure = err
-                raise
-            finally:
-                model.created.set()
-            return created
-
-        model_id: str = await model.sequencer.run(0, "create", remembering_failure)
-        return model_id
-
-    def _model(self, model_id: str) -> Model:
-        if model_id not in self._models:
-            raise NotFoundError(
-                f"no model {model_id!r} in this process; to go on with a saved one use create_training_client_from_state(path)"
-            )
-        return self._models[model_id]
-
-    async def _ready(self, model_id: str) -> tuple[Model, ServedModel]:
-        """The model once it exists. Call it inside a sequenced operation, so that creation has finished."""
-        model = self._model(model_id)
-        if model.failure is not None:
-            raise model.failure
-        assert model.served is not None
-        return model, model.served
+        session = self.session(session_id)
+        return await self.models.create_from_state(session, model_seq_id, path, with_optimizer, base_model, user_metadata)
 
     async def get_info(self, model_id: str) -> GetInfoResponse:
-        model = self._model(model_id)
+        model = self.models.get(model_id)
         await model.created.wait()
-        model, served = await self._ready(model_id)
+        if model.failure is not None:
+            raise model.failure
         name = model.base_model
         return GetInfoResponse(
-            model_data=ModelData(arch=served.info.arch, model_name=name, tokenizer_id=name),
+            model_data=ModelData(arch=(await self.served.get(name)).info.arch, model_name=name, tokenizer_id=name),
             model_id=model_id,
             is_lora=True,
             lora_rank=model.lora.rank,
             model_name=name,
         )
 
+    async def _in_order(self, model_id: str, seq_id: int, fingerprint: str, operation: Callable[[Model, ServedModel], Awaitable[T]]) -> T:
+        """Run an operation on a live model when its number's turn has come."""
+
+        async def run() -> T:
+            return await operation(*await self.models.ready(model_id))
+
+        result: T = await self.models.get(model_id).sequencer.run(seq_id, fingerprint, run)
+        return result
+
     # -- training
 
     async def forward(
         self, *, model_id: str, seq_id: int, data: Sequence[Datum], loss_fn: str, loss_fn_config: LossConfig = None
     ) -> ForwardBackwardOutput:
-        return await self._pass("forward", model_id, seq_id, data, loss_fn, loss_fn_config)
+        return await self._pass(model_id, seq_id, TrainingPass(data=data, loss_fn=loss_fn, loss_fn_config=loss_fn_config, backward=False))
 
     async def forward_backward(
         self, *, model_id: str, seq_id: int, data: Sequence[Datum], loss_fn: str, loss_fn_config: LossConfig = None
     ) -> ForwardBackwardOutput:
-        return await self._pass("forward_backward", model_id, seq_id, data, loss_fn, loss_fn_config)
+        return await self._pass(model_id, seq_id, TrainingPass(data=data, loss_fn=loss_fn, loss_fn_config=loss_fn_config, backward=True))
 
-    async def _pass(
-        self, kind: str, model_id: str, seq_id: int, data: Sequence[Datum], loss_fn: str, loss_fn_config: LossConfig
-    ) -> ForwardBackwardOutput:
-        async def run() -> ForwardBackwardOutput:
-            _, served = await self._ready(model_id)
-            loss = resolve_loss(loss_fn, loss_fn_config)
-            if not data:
-                raise InvalidRequestError(f"{kind} needs at least one datum, got none")
-            trainer, info = served.engines.trainer, served.info
+    async def _pass(self, model_id: str, seq_id: int, call: TrainingPass) -> ForwardBackwardOutput:
+        kind = "forward_backward" if call.backward else "forward"
+        fingerprint = f"{kind} {call.loss_fn} {dict(call.loss_fn_config or {})} {digest(call.data)}"
+        return await self._in_order(model_id, seq_id, fingerprint, lambda model, served: self.models.run_pass(model, served, call))
 
-            def work() -> ForwardBackwardOutput:
-                for index, datum in enumerate(data):
-                    check_datum(datum, loss, index=index, vocab_size=info.vocab_size, max_tokens=info.max_context_length)
-                return (trainer.forward if kind == "forward" else trainer.forward_backward)(model_id, data, loss)
+    async def _resolve_loss(self, owner: str, name: str, config: LossConfig) -> LossCall:
+        graph = None
+        if name == "custom":
+            loss_id = (config or {}).get("loss_id")
+            row = await self.store.loss(loss_id) if isinstance(loss_id, str) else None
+            if row is None or row.owner != owner:
+                raise InvalidRequestError(f"loss 'custom' needs the loss_id of an uploaded loss (create_custom_loss), found {loss_id!r}")
+            graph = LossGraph.parse(name=row.name, inputs=row.inputs, graph=row.graph)
+        return resolve_loss(name, config, graph=graph, strict=self._strict_losses)
 
-            return await served.run_in_trainer(work)
-
-        fingerprint = f"{kind} {loss_fn} {dict(loss_fn_config or {})} {digest(data)}"
-        output: ForwardBackwardOutput = await self._model(model_id).sequencer.run(seq_id, fingerprint, run)
-        return output
+    async def create_custom_loss(
+        self, *, session_id: str, name: str, inputs: Sequence[Mapping[str, Any]], graph: Mapping[str, Any], custom_loss_seq_id: int = 0
+    ) -> str:
+        """Keep an uploaded loss graph; returns the id that forward_backward(data, "custom", {"loss_id": id}) takes."""
+        session = self.session(session_id)
+        LossGraph.parse(name=name, inputs=inputs, graph=graph)
+        loss_id = f"{session_id}:loss:{custom_loss_seq_id}"
+        await self.store.add_loss(
+            LossRow(
+                loss_id=loss_id,
+                session_id=session_id,
+                owner=session.owner,
+                name=name,
+                inputs=[dict(item) for item in inputs],
+                graph=dict(graph),
+                created=time.time(),
+            )
+        )
+        return loss_id
 
     async def optim_step(self, *, model_id: str, seq_id: int, adam: AdamParams) -> OptimStepResponse:
-        async def run() -> OptimStepResponse:
-            model, served = await self._ready(model_id)
-            check_adam(adam)
-            response = await served.run_in_trainer(lambda: served.engines.trainer.optim_step(model_id, adam))
-            skipped = (response.metrics or {}).get("skipped:sum", 0.0) > 0  # there was no gradient: the same weights, so the same version
-            model.step += not skipped
-            return response
-
-        response: OptimStepResponse = await self._model(model_id).sequencer.run(seq_id, f"optim_step {adam}", run)
-        return response
+        return await self._in_order(
+            model_id, seq_id, f"optim_step {adam}", lambda model, served: self.models.run_optim_step(model, served, adam)
+        )
 
     # -- saving and loading
 
@@ -304,70 +329,59 @@ class Backend:
         overwrite: bool = False,
         user_metadata: dict[str, str] | None = None,
     ) -> SaveWeightsResponse:
-        async def run() -> SaveWeightsResponse:
-            model, served = await self._ready(model_id)
+        async def run(model: Model, served: ServedModel) -> SaveWeightsResponse:
             path = _path(model_id, "weights", name)
-            manifest = self._manifest(model, ttl_seconds, user_metadata)
+            manifest = _manifest(model, seq_id, ttl_seconds, user_metadata)
             trainer = served.engines.trainer
-            await served.run_in_trainer(
-                lambda: self._checkpoints.write(path, manifest, lambda d: trainer.save_state(model_id, d), overwrite=overwrite)
-            )
+            if not self._written_before(path, seq_id):
+                await served.run_in_trainer(
+                    lambda: self._checkpoints.write(path, manifest, lambda d: trainer.save_state(model_id, d), overwrite=overwrite)
+                )
             return SaveWeightsResponse(path=str(path), type="save_weights")
 
-        response: SaveWeightsResponse = await self._model(model_id).sequencer.run(
-            seq_id, f"save_state {name} {ttl_seconds} {overwrite}", run
-        )
-        return response
+        return await self._in_order(model_id, seq_id, f"save_state {name} {ttl_seconds} {overwrite}", run)
 
     async def load_state(self, *, model_id: str, seq_id: int, path: str, with_optimizer: bool) -> LoadWeightsResponse:
-        async def run() -> LoadWeightsResponse:
-            model, served = await self._ready(model_id)
-            manifest, directory = await self._readable_state(path, with_optimizer)
-            ours = (model.base_model, model.lora.model_copy(update={"seed": None}))
-            theirs = (manifest.base_model, manifest.lora.model_copy(update={"seed": None}))
-            if ours != theirs:
-                raise CheckpointError(f"{path} holds an adapter for {theirs[0]} ({theirs[1]}), this model is {ours[0]} ({ours[1]})")
-            await served.run_in_trainer(lambda: served.engines.trainer.load_state(model_id, directory, with_optimizer=with_optimizer))
-            model.step = manifest.step
-            return LoadWeightsResponse(path=path, model_id=model_id, type="load_weights")
-
-        response: LoadWeightsResponse = await self._model(model_id).sequencer.run(seq_id, f"load_state {path} {with_optimizer}", run)
-        return response
+        return await self._in_order(
+            model_id,
+            seq_id,
+            f"load_state {path} {with_optimizer}",
+            lambda model, served: self.models.run_load_state(model, served, seq_id, path, with_optimizer),
+        )
 
     async def save_weights_for_sampler(
         self, *, model_id: str, seq_id: int, name: str, ttl_seconds: int | None = None, user_metadata: dict[str, str] | None = None
     ) -> SaveWeightsForSamplerResponse:
         """A durable, named version that the sampler holds and has proved when this returns."""
 
-        async def run() -> SaveWeightsForSamplerResponse:
-            model, served = await self._ready(model_id)
+        async def run(model: Model, served: ServedModel) -> SaveWeightsForSamplerResponse:
             path = _path(model_id, "sampler_weights", name)
-            manifest = self._manifest(model, ttl_seconds, user_metadata)
+            manifest = _manifest(model, seq_id, ttl_seconds, user_metadata)
 
             def write(fill: Callable[[Path], None], probe: Callable[[], Probe]) -> AdapterRef:
                 written = self._checkpoints.write(path, manifest.model_copy(update={"probe": probe()}), fill)
                 return self.sampling.named_ref(path, written)
 
-            try:
-                ref = await served.sync.publish(model_id, write, ephemeral=False)
-            except WeightSyncError:
-                if self._checkpoints.exists(path):
-                    await asyncio.to_thread(self._checkpoints.delete, path)
-                raise
-            previous, model.held = model.held, ref
-            if previous is not None:
-                await served.sync.release(previous)
+            if not self._written_before(path, seq_id):
+                try:
+                    ref, _ = await served.sync.publish(model_id, write, ephemeral=False)
+                except WeightSyncError:
+                    if self._checkpoints.exists(path):
+                        await asyncio.to_thread(self._checkpoints.delete, path)
+                    raise
+                previous, model.held = model.held, ref
+                if previous is not None:
+                    await served.sync.release(previous)
             return SaveWeightsForSamplerResponse(path=str(path), type="save_weights_for_sampler")
 
-        fingerprint = f"save_weights_for_sampler {name} {ttl_seconds}"
-        response: SaveWeightsForSamplerResponse = await self._model(model_id).sequencer.run(seq_id, fingerprint, run)
-        return response
+        return await self._in_order(model_id, seq_id, f"save_weights_for_sampler {name} {ttl_seconds}", run)
 
     async def save_weights_for_ephemeral_sampler(self, *, model_id: str, seq_id: int, sampling_session_id: str) -> None:
         """A version that lives as long as the sampling session it opens, and the requests in flight on it."""
 
-        async def run() -> None:
-            model, served = await self._ready(model_id)
+        async def run(model: Model, served: ServedModel) -> None:
+            if self._durable and self.sampling.is_open(sampling_session_id):
+                return  # opened by an earlier process that died before it could say so
             name = f"{model_id}@{model.step}-{uuid.uuid4().hex[:12]}"
             ref = AdapterRef(name=name, version=model.step, path=self._scratch / name)
 
@@ -379,51 +393,55 @@ class Backend:
                 temporary.rename(ref.path)
                 return ref
 
-            await served.sync.publish(model_id, write, ephemeral=True)
-            self.sampling.add(SamplingSession(sampling_session_id, model.base_model, served, ref, None))
+            _, probe = await served.sync.publish(model_id, write, ephemeral=True)
+            await self.sampling.add(
+                SamplingSession(
+                    sampling_session_id=sampling_session_id,
+                    base_model=model.base_model,
+                    owner=model.owner,
+                    ref=ref,
+                    probe=probe,
+                    loaded=True,
+                )
+            )
 
-        await self._model(model_id).sequencer.run(seq_id, f"save_weights_for_sampler {sampling_session_id}", run)
+        await self._in_order(model_id, seq_id, f"save_weights_for_sampler {sampling_session_id}", run)
 
     async def save_weights_external(
         self, *, model_id: str, seq_id: int, name: str, ttl_seconds: int | None = None
     ) -> SaveWeightsExternalResponse:
         """The adapter in the layout that PEFT and other servers read, to be taken elsewhere."""
 
-        async def run() -> SaveWeightsExternalResponse:
-            model, served = await self._ready(model_id)
+        async def run(model: Model, served: ServedModel) -> SaveWeightsExternalResponse:
             path = _path(model_id, "external_weights", name)
-            manifest = self._manifest(model, ttl_seconds, None)
+            manifest = _manifest(model, seq_id, ttl_seconds, None)
             trainer = served.engines.trainer
-            await served.run_in_trainer(lambda: self._checkpoints.write(path, manifest, lambda d: trainer.save_adapter(model_id, d)))
+            if not self._written_before(path, seq_id):
+                await served.run_in_trainer(lambda: self._checkpoints.write(path, manifest, lambda d: trainer.save_adapter(model_id, d)))
             return SaveWeightsExternalResponse(path=str(path), type="save_weights_external")
 
-        response: SaveWeightsExternalResponse = await self._model(model_id).sequencer.run(
-            seq_id, f"save_weights_external {name} {ttl_seconds}", run
-        )
-        return response
+        return await self._in_order(model_id, seq_id, f"save_weights_external {name} {ttl_seconds}", run)
 
-    def _manifest(self, model: Model, ttl_seconds: int | None, user_metadata: dict[str, str] | None) -> Manifest:
-        return Manifest(
-            base_model=model.base_model,
-            lora=model.lora,
-            alpha=lora_alpha(model.lora.rank),
-            step=model.step,
-            created=datetime.now(UTC),
-            expires_at=expiry(ttl_seconds),
-            user_metadata=user_metadata,
-        )
+    def _written_before(self, path: CheckpointPath, seq_id: int) -> bool:
+        """Whether this very request has written its checkpoint already, in a process that died before it could say so."""
+        return self._durable and self._checkpoints.exists(path) and self._checkpoints.manifest(path).seq_id == seq_id
 
-    async def _readable_state(self, path: str, with_optimizer: bool) -> tuple[Manifest, Path]:
-        parsed = CheckpointPath.parse(path)
-        if with_optimizer and parsed.kind != "weights":
-            raise InvalidRequestError(
-                f"{path} holds weights without optimizer state; use a path from save_state, or load the weights alone"
-            )
-        manifest, directory = await asyncio.to_thread(self._checkpoints.read, parsed)
-        if manifest.alpha != lora_alpha(manifest.lora.rank):
-            ours = lora_alpha(manifest.lora.rank)
-            raise CheckpointError(f"{path} was trained with LoRA alpha {manifest.alpha}, this ptlab uses {ours}; it cannot go on")
-        return manifest, directory
+
+async def _nothing_to_settle(_: str) -> None:
+    """In-process nothing is journaled: every answer was given where it was computed."""
+
+
+def _manifest(model: Model, seq_id: int, ttl_seconds: int | None, user_metadata: dict[str, str] | None) -> Manifest:
+    return Manifest(
+        base_model=model.base_model,
+        lora=model.lora,
+        alpha=lora_alpha(model.lora.rank),
+        step=model.step,
+        seq_id=seq_id,
+        created=datetime.now(UTC),
+        expires_at=expiry(ttl_seconds),
+        user_metadata=user_metadata,
+    )
 
 
 def _path(model_id: str, kind: Kind, name: str) -> CheckpointPath:

@@ -9,7 +9,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from ptlab.backend.checkpoints import CheckpointPath, Checkpoints, expiry
-from ptlab.backend.runs import OWNER, Runs
+from ptlab.backend.records import LOCAL_OWNER
+from ptlab.backend.runs import Runs
 from ptlab.backend.served import ServedModel
 from ptlab.types import (
     Checkpoint,
@@ -48,18 +49,28 @@ class Catalog:
     async def get_training_run(self, training_run_id: str) -> TrainingRun:
         return await asyncio.to_thread(self._runs.get, training_run_id)
 
-    async def list_training_runs(self, limit: int, offset: int) -> TrainingRunsResponse:
-        runs = await asyncio.to_thread(self._runs.list)
+    async def list_training_runs(self, limit: int, offset: int, owner: str | None = None) -> TrainingRunsResponse:
+        """Newest first; of one owner, or of all."""
+        runs = await asyncio.to_thread(self._runs.list, owner)
         return TrainingRunsResponse(
             training_runs=runs[offset : offset + limit], cursor=Cursor(offset=offset, limit=limit, total_count=len(runs))
         )
 
-    async def list_checkpoints(self, training_run_id: str) -> CheckpointsListResponse:
+    async def list_checkpoints(self, training_run_id: str, *, external: bool = True) -> CheckpointsListResponse:
+        """Newest first; with `external` False without those of save_weights_external."""
         await self.get_training_run(training_run_id)  # an unknown run is an error, not an empty list
-        return CheckpointsListResponse(checkpoints=await asyncio.to_thread(self._checkpoints.list, training_run_id))
+        found: list[Checkpoint] = await asyncio.to_thread(self._checkpoints.list, training_run_id)
+        return CheckpointsListResponse(checkpoints=[c for c in found if external or c.checkpoint_type != "external"])
 
-    async def list_user_checkpoints(self, limit: int, offset: int) -> CheckpointsListResponse:
+    async def list_user_checkpoints(
+        self, limit: int, offset: int, owner: str | None = None, *, external: bool = True
+    ) -> CheckpointsListResponse:
+        """Newest first; of one owner's runs, or of all; with `external` False without those of save_weights_external."""
         found: list[Checkpoint] = await asyncio.to_thread(self._checkpoints.list)
+        found = [checkpoint for checkpoint in found if external or checkpoint.checkpoint_type != "external"]
+        if owner is not None:
+            runs = {run.training_run_id for run in await asyncio.to_thread(self._runs.list, owner)}
+            found = [checkpoint for checkpoint in found if CheckpointPath.parse(checkpoint.tinker_path).model_id in runs]
         return CheckpointsListResponse(
             checkpoints=found[offset : offset + limit], cursor=Cursor(offset=offset, limit=limit, total_count=len(found))
         )
@@ -86,9 +97,14 @@ class Catalog:
 
     async def get_external_weights_urls(self, tinker_path: str) -> ExternalWeightsUrlsResponse:
         """file:// URLs: client and backend share a disk."""
+        urls = {name: file.resolve().as_uri() for name, file in (await self.files(tinker_path)).items()}
+        expires = self._checkpoints.manifest(CheckpointPath.parse(tinker_path)).expires_at
+        return ExternalWeightsUrlsResponse(urls=urls, expires=expires or datetime.now(UTC) + timedelta(days=1))
+
+    async def files(self, tinker_path: str) -> dict[str, Path]:
+        """The files of a checkpoint by name, whole and unexpired. Raises: NotFoundError, CheckpointError."""
         manifest, directory = await asyncio.to_thread(self._checkpoints.read, CheckpointPath.parse(tinker_path))
-        urls = {name: (directory / name).resolve().as_uri() for name in manifest.files}
-        return ExternalWeightsUrlsResponse(urls=urls, expires=manifest.expires_at or datetime.now(UTC) + timedelta(days=1))
+        return {name: directory / name for name in manifest.files}
 
     async def get_checkpoint_archive(self, training_run_id: str, checkpoint_id: str) -> Path:
         """A tar file with the checkpoint's files, written beside the checkpoint's kind directory as `.<name>.tar`."""
@@ -112,8 +128,13 @@ class Catalog:
         await asyncio.to_thread(lambda: self._checkpoints.copy(source, target, expires_at=expiry(ttl_seconds)))
         return str(target)
 
-    async def whoami(self) -> WhoamiResponse:
-        return WhoamiResponse(user_urn=f"urn:ptlab:user:{OWNER}", org_urn=f"urn:ptlab:org:{OWNER}")
+    async def whoami(self, owner: str = LOCAL_OWNER) -> WhoamiResponse:
+        return WhoamiResponse(user_urn=f"urn:ptlab:user:{owner}", org_urn=f"urn:ptlab:org:{owner}")
+
+    async def is_public(self, tinker_path: str) -> bool:
+        """Whether a checkpoint is published. False if there is none."""
+        path = CheckpointPath.parse(tinker_path)
+        return self._checkpoints.exists(path) and self._checkpoints.manifest(path).public
 
 
 def _path(training_run_id: str, checkpoint_id: str) -> CheckpointPath:

@@ -63,6 +63,8 @@ class Manifest(BaseModel):
     lora: LoraConfig
     alpha: int
     step: int
+    seq_id: int | None = None
+    """The request that wrote it; copies have none."""
     created: datetime
     expires_at: datetime | None = None
     public: bool = False
@@ -135,18 +137,22 @@ class Checkpoints:
         temporary.mkdir()
         try:
             fill(temporary)
-            files = {file.name: File(size_bytes=file.stat().st_size, sha256=_sha256(file)) for file in sorted(temporary.iterdir())}
+            files = {file.name: File(size_bytes=file.stat().st_size, sha256=sha256(file)) for file in sorted(temporary.iterdir())}
             manifest = manifest.model_copy(update={"files": files})
             _write_json(temporary / MANIFEST, manifest)
             for file in temporary.iterdir():
-                _fsync(file)
-            _fsync(temporary)
+                fsync(file)
+            fsync(temporary)
             _replace(final, temporary)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)  # the first error is the one to report
             raise
-        _fsync(final.parent)
+        fsync(final.parent)
         return manifest
+
+    def manifest(self, path: CheckpointPath) -> Manifest:
+        """What a checkpoint that exists says of itself; its files are not looked at."""
+        return _read_manifest(self.directory(path) / MANIFEST)
 
     def read(self, path: CheckpointPath) -> tuple[Manifest, Path]:
         """Manifest and directory of a checkpoint whose files are all there, whole and unexpired.
@@ -161,7 +167,7 @@ class Checkpoints:
             raise NotFoundError(f"checkpoint {path} expired at {manifest.expires_at:%Y-%m-%d %H:%M} UTC")
         for name, file in manifest.files.items():
             on_disk = directory / name
-            if not on_disk.exists() or on_disk.stat().st_size != file.size_bytes or _sha256(on_disk) != file.sha256:
+            if not on_disk.exists() or on_disk.stat().st_size != file.size_bytes or sha256(on_disk) != file.sha256:
                 raise CheckpointError(
                     f"checkpoint {path}: {name} is missing or differs from its checksum in {MANIFEST}; the copy is damaged, use another one"
                 )
@@ -211,7 +217,8 @@ class Checkpoints:
             for name in manifest.files:
                 shutil.copyfile(directory / name, new / name)
 
-        self.write(target, manifest.model_copy(update={"expires_at": expires_at, "created": datetime.now(UTC), "public": False}), fill)
+        changes = {"expires_at": expires_at, "seq_id": None, "created": datetime.now(UTC), "public": False}
+        self.write(target, manifest.model_copy(update=changes), fill)
 
 
 def expiry(ttl_seconds: int | None) -> datetime | None:
@@ -276,15 +283,15 @@ def _read_manifest(file: Path) -> Manifest:
 
 def _write_json(file: Path, manifest: Manifest) -> None:
     file.write_text(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n")
-    _fsync(file)
+    fsync(file)
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

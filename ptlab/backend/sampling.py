@@ -5,11 +5,18 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+import shutil
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
-from ptlab.backend.checkpoints import CheckpointPath, Checkpoints, Manifest
+from ptlab.backend.checkpoints import CheckpointPath, Checkpoints, Manifest, Probe
+from ptlab.backend.records import LOCAL_OWNER
+from ptlab.backend.sequences import Sequences
 from ptlab.backend.served import ServedModel
+from ptlab.backend.store import SamplerRow, Store
 from ptlab.engines.protocols import AdapterRef, SampleCall
 from ptlab.errors import CheckpointError, EngineLostError, InvalidRequestError, NotFoundError
 from ptlab.types import GetSamplerResponse, ModelInput, SampleResponse, SamplingParams, TensorData
@@ -18,15 +25,26 @@ RESENDS = 2
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, kw_only=True)
 class SamplingSession:
-    """What a sampling client samples from; it never changes."""
+    """What a sampling client samples from; that never changes. Whether the sampler holds it just now may."""
 
     sampling_session_id: str
     base_model: str
-    served: ServedModel
-    ref: AdapterRef | None
-    model_path: str | None
+    owner: str = LOCAL_OWNER
+    ref: AdapterRef | None = None
+    """None = the base model."""
+    probe: Probe | None = None
+    """What the version is verified with when it is loaded again."""
+    model_path: str | None = None
+    loaded: bool = False
+    last_used: float = field(default_factory=time.monotonic)
+    loading: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def ephemeral(self) -> bool:
+        """The version belongs to this session alone: its files go with it."""
+        return self.ref is not None and self.model_path is None
 
 
 class SamplingSessions:
@@ -36,18 +54,53 @@ class SamplingSessions:
         serve: the engines of a base model by name, opened if need be.
     """
 
-    def __init__(self, checkpoints: Checkpoints, serve: Callable[[str], Awaitable[ServedModel]]) -> None:
+    def __init__(
+        self, checkpoints: Checkpoints, store: Store, sequences: Sequences, serve: Callable[[str], Awaitable[ServedModel]]
+    ) -> None:
         self._checkpoints = checkpoints
+        self._store = store
+        self._sequences = sequences
         self._serve = serve
         self._open: dict[str, SamplingSession] = {}
 
-    def add(self, session: SamplingSession) -> None:
-        """Open a session on a version of which the session becomes a user."""
+    async def add(self, session: SamplingSession) -> None:
+        """Open a session; if it is `loaded`, it is already counted as a user of its version."""
+        version = None
+        if session.ref is not None:
+            version = {"name": session.ref.name, "version": session.ref.version, "path": str(session.ref.path)}
+            version["probe"] = session.probe.model_dump() if session.probe else None
         self._open[session.sampling_session_id] = session
+        await self._store.add_sampler(
+            SamplerRow(
+                sampling_session_id=session.sampling_session_id,
+                session_id=session.sampling_session_id.partition(":sample:")[0],
+                owner=session.owner,
+                base_model=session.base_model,
+                model_path=session.model_path,
+                version=version,
+                created=time.time(),
+                last_used=time.time(),
+                client_counter=0,
+            )
+        )
+
+    def restore(self, row: SamplerRow) -> None:
+        """A session of an earlier process; its version is loaded, and verified, when somebody samples."""
+        self._open[row.sampling_session_id] = SamplingSession(
+            sampling_session_id=row.sampling_session_id,
+            base_model=row.base_model,
+            owner=row.owner,
+            ref=_ref(row.version),
+            probe=Probe.model_validate(row.version["probe"]) if row.version and row.version["probe"] else None,
+            model_path=row.model_path,
+        )
 
     def forget_all(self) -> None:
         """Drop every session without unloading anything; later releases find nothing to do."""
         self._open.clear()
+
+    def is_open(self, sampling_session_id: str) -> bool:
+        return sampling_session_id in self._open
 
     def ids_of(self, session_id: str) -> list[str]:
         """Sampling sessions that a client session has open."""
@@ -60,13 +113,19 @@ class SamplingSessions:
         return AdapterRef(name=f"{path}#{content}", version=manifest.step, path=self._checkpoints.directory(path))
 
     async def create_sampling_session(
-        self, *, sampling_session_id: str, model_path: str | None = None, base_model: str | None = None
+        self, *, sampling_session_id: str, model_path: str | None = None, base_model: str | None = None, owner: str = LOCAL_OWNER
     ) -> None:
         """Open a sampler on saved sampler weights, or on a base model. Returns once the sampler holds the verified weights."""
+        if sampling_session_id in self._open:
+            known = self._open[sampling_session_id]
+            if known.model_path == model_path and base_model in (None, known.base_model):
+                return  # the same request again
+            raise InvalidRequestError(f"sampling session {sampling_session_id} exists already, on {known.model_path or known.base_model}")
         if model_path is None:
             if base_model is None:
                 raise InvalidRequestError("a sampling client needs model_path or base_model")
-            self.add(SamplingSession(sampling_session_id, base_model, await self._serve(base_model), None, None))
+            await self._serve(base_model)
+            await self.add(SamplingSession(sampling_session_id=sampling_session_id, base_model=base_model, owner=owner))
             return
         path = CheckpointPath.parse(model_path)
         if path.kind != "sampler_weights":
@@ -77,22 +136,70 @@ class SamplingSessions:
         served = await self._serve(manifest.base_model)
         ref = self.named_ref(path, manifest)
         await served.sync.acquire(ref, manifest.probe)
-        self.add(SamplingSession(sampling_session_id, manifest.base_model, served, ref, model_path))
+        await self.add(
+            SamplingSession(
+                sampling_session_id=sampling_session_id,
+                base_model=manifest.base_model,
+                owner=owner,
+                ref=ref,
+                probe=manifest.probe,
+                model_path=model_path,
+                loaded=True,
+            )
+        )
 
     async def release_sampling_session(self, sampling_session_id: str) -> None:
         """Idempotent. The version is unloaded when no other session and no request uses it."""
         session = self._open.pop(sampling_session_id, None)
-        if session is not None and session.ref is not None:
-            await session.served.sync.release(session.ref)
+        if session is None:
+            return
+        await self._store.remove_samplers([sampling_session_id])
+        async with session.loading:
+            if session.loaded and session.ref is not None:
+                session.loaded = False
+                await (await self._serve(session.base_model)).sync.release(session.ref, delete_files=session.ephemeral)
+            elif session.ephemeral and session.ref is not None:
+                await asyncio.to_thread(shutil.rmtree, session.ref.path, ignore_errors=True)  # never loaded since a restart
 
-    def _sampler(self, sampling_session_id: str) -> SamplingSession:
+    async def unload_idle(self, idle_s: float) -> int:
+        """Let the sampler forget versions that nobody has sampled from for so long; they are loaded again on demand. Returns how many."""
+        unloaded = 0
+        for session in list(self._open.values()):
+            async with session.loading:
+                if session.loaded and session.ref is not None and time.monotonic() - session.last_used > idle_s:
+                    session.loaded = False
+                    await (await self._serve(session.base_model)).sync.release(session.ref)
+                    unloaded += 1
+        return unloaded
+
+    async def _hold(self, session: SamplingSession, served: ServedModel) -> None:
+        """One more request uses the session's version, which is loaded again if it is not."""
+        assert session.ref is not None
+        async with session.loading:
+            if not session.loaded:
+                if not session.ref.path.exists():
+                    raise NotFoundError(
+                        f"the weights of sampling session {session.sampling_session_id} are gone from {session.ref.path}; "
+                        f"save them again and make a new sampling client"
+                    )
+                await served.sync.acquire(session.ref, session.probe)
+                session.loaded = True
+            served.sync.hold(session.ref)
+
+    def get(self, sampling_session_id: str) -> SamplingSession:
+        """Raises: NotFoundError."""
         if sampling_session_id not in self._open:
             raise NotFoundError(f"no sampling session {sampling_session_id!r}; create a sampling client first")
         return self._open[sampling_session_id]
 
     async def get_sampler(self, sampling_session_id: str) -> GetSamplerResponse:
-        session = self._sampler(sampling_session_id)
+        session = self.get(sampling_session_id)
         return GetSamplerResponse(sampler_id=sampling_session_id, base_model=session.base_model, model_path=session.model_path)
+
+    async def join_sampling_session(self, sampling_session_id: str) -> int:
+        """A number for a copy of the client in another process: 1, 2, 3 ... Copies use seq_ids of their own ranges."""
+        self.get(sampling_session_id)
+        return await self._store.next_client_counter(sampling_session_id)
 
     async def sample(
         self,
@@ -107,9 +214,18 @@ class SamplingSessions:
         target_prompt_logprobs: TensorData | None = None,
         prompt_alt_tokens_k: int = 0,
         prompt_logprobs_last_n: int | None = None,
+        sequence_ids: Sequence[str] = (),
+        record_stability_info: bool = False,
     ) -> SampleResponse:
-        """Draws of the session's version, which stays loaded until they are done. Cancelling aborts them in the engine."""
-        session = self._sampler(sampling_session_id)
+        """Draws of the session's version, which stays loaded until they are done. Cancelling aborts them in the engine.
+
+        Args:
+            sequence_ids: names of the sequences to come, num_samples of them; empty = the sampler makes some.
+            record_stability_info: remember the sequences for a day, for the loss stable_reinforce.
+        """
+        session = self.get(sampling_session_id)
+        session.last_used = time.monotonic()
+        served = await self._serve(session.base_model)
         call = SampleCall(
             prompt=prompt,
             num_samples=num_samples,
@@ -121,14 +237,24 @@ class SamplingSessions:
             target_prompt_logprobs=target_prompt_logprobs,
             prompt_alt_tokens_k=prompt_alt_tokens_k,
             prompt_logprobs_last_n=prompt_logprobs_last_n,
+            sequence_ids=sequence_ids,
         )
         if session.ref is None:
-            return await _answer(session.served, call)
-        session.served.sync.hold(session.ref)
-        try:
-            return await _answer(session.served, call)
-        finally:
-            await asyncio.shield(session.served.sync.release(session.ref))
+            response = await _answer(served, call)
+        else:
+            await self._hold(session, served)
+            try:
+                response = await _answer(served, call)
+            finally:
+                session.last_used = time.monotonic()
+                await asyncio.shield(served.sync.release(session.ref))
+        if record_stability_info:
+            await self._sequences.record(session.owner, prompt.to_ints(), response, session.ref.version if session.ref else 0)
+        return response
+
+
+def _ref(version: dict[str, Any] | None) -> AdapterRef | None:
+    return None if version is None else AdapterRef(name=version["name"], version=version["version"], path=Path(version["path"]))
 
 
 async def _answer(served: ServedModel, call: SampleCall) -> SampleResponse:
@@ -136,7 +262,7 @@ async def _answer(served: ServedModel, call: SampleCall) -> SampleResponse:
     if served.scores_prompt_of(call):  # asked once: versions come and go while the sampler works
         return await _sample(served, call)
     drawn = await _sample(served, without_prompt_scores(call))
-    scores = await served.run_in_trainer(lambda: served.engines.trainer.score_prompt(call))
+    scores = await served.run_in_trainer(lambda: served.engines.trainer.score_prompt(call), urgent=True)
     return replace(
         drawn,
         prompt_logprobs_np=scores.logprobs_T,

@@ -7,12 +7,13 @@ runs when every smaller number has finished, whether it succeeded or failed, and
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from ptlab.errors import OrderError
 
+T = TypeVar("T")
 Operation = Callable[[], Awaitable[Any]]
 
 
@@ -35,6 +36,28 @@ class Sequencer:
     _next: int = 0
     _running: asyncio.Task[None] | None = None
     _entries: dict[int, _Entry] = field(default_factory=dict)
+    _passed_over: set[int] = field(default_factory=set)
+    _exclusive: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @classmethod
+    def after(cls, last: int, finished: Iterable[int]) -> Sequencer:
+        """A sequencer that goes on where an earlier process stopped: all numbers up to `last`, and these, have had their turn."""
+        sequencer = cls(_next=last + 1)
+        sequencer.pass_over(finished)
+        return sequencer
+
+    @property
+    def next_seq_id(self) -> int:
+        """The number whose turn it is, or that is being waited for."""
+        return self._next
+
+    @property
+    def gap(self) -> list[int]:
+        """The numbers that have not come although requests wait for them; empty while something runs."""
+        waiting = [n for n in self._entries if n >= self._next]
+        if self._running is not None or not waiting:
+            return []
+        return [n for n in range(self._next, min(waiting)) if n not in self._passed_over]
 
     async def run(self, seq_id: int, fingerprint: str, operation: Operation) -> Any:
         """The operation's result, once its turn has come. Cancelling the caller does not cancel the operation: it is part of the order.
@@ -43,7 +66,7 @@ class Sequencer:
         """
         entry = self._entries.get(seq_id)
         if entry is None:
-            if seq_id < self._next:
+            if seq_id < self._next or seq_id in self._passed_over:
                 raise OrderError(
                     f"seq_id {seq_id} was answered long ago (now at {self._next}) and its answer is no longer kept; use a new seq_id"
                 )
@@ -57,25 +80,40 @@ class Sequencer:
             )
         return await asyncio.shield(entry.answer)
 
+    async def between(self, operation: Callable[[int], Awaitable[T]]) -> T:
+        """Run something while no request runs; told the highest number that has had its turn (-1 = none)."""
+        async with self._exclusive:
+            return await operation(self._next - 1)
+
+    def pass_over(self, seq_ids: Iterable[int]) -> None:
+        """Numbers that will not come, or have had their turn in an earlier process: nobody waits for them."""
+        self._passed_over.update(n for n in seq_ids if n >= self._next and n not in self._entries)
+        if self._running is None:
+            self._start_next()
+
     def _start_next(self) -> None:
+        while self._next in self._passed_over:
+            self._passed_over.remove(self._next)
+            self._next += 1
         if self._running is None and self._next in self._entries:
             self._running = asyncio.create_task(self._run_one(self._entries[self._next]))
 
     async def _run_one(self, entry: _Entry) -> None:
         operation, entry.operation = entry.operation, None
         assert operation is not None
-        try:
-            entry.answer.set_result(await operation())
-        except asyncio.CancelledError:
-            entry.answer.cancel()
-            raise
-        except Exception as err:  # not swallowed: it is the answer
-            entry.answer.set_exception(err)
-        finally:
-            self._entries.pop(self._next - self.remember, None)
-            self._next += 1
-            self._running = None
-            self._start_next()
+        async with self._exclusive:
+            try:
+                entry.answer.set_result(await operation())
+            except asyncio.CancelledError:
+                entry.answer.cancel()
+                raise
+            except Exception as err:  # not swallowed: it is the answer
+                entry.answer.set_exception(err)
+            finally:
+                self._entries.pop(self._next - self.remember, None)
+                self._next += 1
+        self._running = None
+        self._start_next()
 
 
 def _retrieved(answer: asyncio.Future[Any]) -> None:

@@ -52,7 +52,7 @@ class _Answers:
 
 
 class RunInTrainer(Protocol):
-    def __call__(self, work: Callable[[], T], /) -> Awaitable[T]: ...
+    def __call__(self, work: Callable[[], T], /, *, urgent: bool = False) -> Awaitable[T]: ...
 
 
 @dataclass(slots=True)
@@ -62,7 +62,7 @@ class _Live:
     ref: AdapterRef
     users: int
     tensors: frozenset[str]
-    delete_files: bool  # an ephemeral version: its directory goes when nobody uses it
+    delete_files: bool  # nobody will ask for it again: its directory goes with the last user
 
 
 @dataclass(slots=True)
@@ -102,13 +102,13 @@ class WeightSync:
                 operation="calibrate",
             )
 
-    async def publish(self, model_id: str, write: WriteVersion, *, ephemeral: bool) -> AdapterRef:
+    async def publish(self, model_id: str, write: WriteVersion, *, ephemeral: bool) -> tuple[AdapterRef, Probe]:
         """Make the trainer's current weights samplable; returns once the sampler holds and proves them. The caller is their first user.
 
         Args:
             write: puts the version's directory in place and names it, given what fills it and what computes the probe; runs on the
                 trainer's thread, so no optimizer step can come between the two.
-            ephemeral: delete the directory with the last user.
+            ephemeral: delete the directory if the sampler refuses it.
         Raises: WeightSyncError if the sampler reports other weights than were published.
         """
         started = time.perf_counter()
@@ -127,11 +127,11 @@ class WeightSync:
             times["sync/capture_s"] = time.perf_counter() - begun
             return probes[-1]
 
-        ref: AdapterRef = await self.run_in_trainer(lambda: write(fill, probe))
+        ref: AdapterRef = await self.run_in_trainer(lambda: write(fill, probe), urgent=True)  # reads its model only, whose turn it is
         async with self._changing:
             times |= await self._load_verified(ref, probes[0], ephemeral=ephemeral)
         self.on_metrics(times | {"sync/latency_s": time.perf_counter() - started, "sync/version": float(ref.version)})
-        return ref
+        return ref, probes[0]
 
     async def acquire(self, ref: AdapterRef, probe: Probe | None) -> None:
         """Add a user to a version, loading it from its directory (verified against the probe saved with it) if it is not live."""
@@ -151,9 +151,10 @@ class WeightSync:
         """Add a user to a version that is live (a request in flight on an open sampling session)."""
         self._live[ref.name].users += 1
 
-    async def release(self, ref: AdapterRef) -> None:
-        """Take a user away; the last one unloads the version."""
+    async def release(self, ref: AdapterRef, *, delete_files: bool = False) -> None:
+        """Take a user away; the last one unloads the version, and deletes its directory if any user said so."""
         live = self._live[ref.name]
+        live.delete_files |= delete_files
         live.users -= 1
         if live.users > 0:
             return
@@ -183,7 +184,7 @@ class WeightSync:
             except (EngineError, CheckpointError) as err:
                 failures.append(str(err))
             else:
-                self._live[ref.name] = _Live(ref, 1, tensors, ephemeral)
+                self._live[ref.name] = _Live(ref, 1, tensors, delete_files=False)
                 return times
             await self.sampler.unload_adapter(ref)
         if ephemeral:
@@ -223,7 +224,7 @@ class WeightSync:
             answers.sampler.extend(sequence.logprobs or [])
             for logprobs, adapter in ((answers.trainer, ref), (answers.base, None)):
                 call = _scoring([*prompt, *sequence.tokens], adapter)
-                scores = await self.run_in_trainer(partial(self.trainer.score_prompt, call))
+                scores = await self.run_in_trainer(partial(self.trainer.score_prompt, call), urgent=True)
                 assert scores.logprobs_T is not None
                 logprobs.extend(scores.logprobs_T[len(prompt) :].tolist())
         return answers
@@ -241,7 +242,7 @@ class WeightSync:
         return f"the sampler's log-probabilities on the probe are {gap:.3g} nats off the trainer's (allowed {allowed:.3g}): {suspect}"
 
     async def _trainer_logprobs(self, model_id: str | None) -> list[float]:
-        return _numbers(await self.run_in_trainer(lambda: self.trainer.compute_logprobs(model_id, self._probe_tokens)))
+        return _numbers(await self.run_in_trainer(lambda: self.trainer.compute_logprobs(model_id, self._probe_tokens), urgent=True))
 
     async def _sampler_logprobs(self, ref: AdapterRef | None) -> list[float]:
         return _numbers((await self.sampler.sample(_scoring(self._probe_tokens, ref))).prompt_logprobs or [])

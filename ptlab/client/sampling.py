@@ -27,10 +27,16 @@ class SamplerHandle:
 
     Args:
         open_session: opens it; starts at once, and is not cancelled by anyone.
+        record_stability_info: what is sampled stays on record for a day, for the loss stable_reinforce.
     """
 
     def __init__(
-        self, connection: BackendConnection, sampling_session_id: str, open_session: Callable[[], Coroutine[Any, Any, None]]
+        self,
+        connection: BackendConnection,
+        sampling_session_id: str,
+        open_session: Callable[[], Coroutine[Any, Any, None]],
+        *,
+        record_stability_info: bool,
     ) -> None:
         async def opening() -> GetSamplerResponse:
             await open_session()
@@ -38,6 +44,7 @@ class SamplerHandle:
 
         self.connection = connection
         self.sampling_session_id = sampling_session_id
+        self.record_stability_info = record_stability_info
         self.opened: APIFuture[GetSamplerResponse] = connection.submit(opening())
         finalizer = weakref.finalize(self, _release, connection, sampling_session_id)
         finalizer.atexit = False  # the backend goes with the process
@@ -108,6 +115,7 @@ class SamplingClient:
                 target_prompt_logprobs=target,
                 prompt_alt_tokens_k=prompt_alt_tokens_k,
                 prompt_logprobs_last_n=prompt_logprobs_last_n,
+                record_stability_info=handle.record_stability_info,
             )
 
         return handle.connection.submit(run())
@@ -196,7 +204,9 @@ class PendingSamplingClient(SamplingClient, APIFuture[SamplingClient]):
         )
 
 
-def open_sampling_client(session: Session, *, model_path: str | None, base_model: str | None) -> PendingSamplingClient:
+def open_sampling_client(
+    session: Session, *, model_path: str | None, base_model: str | None, record_stability_info: bool
+) -> PendingSamplingClient:
     """A client of saved sampler weights, or of a base model without an adapter.
 
     Raises: InvalidRequestError if both are None, or model_path is no tinker:// path.
@@ -212,7 +222,8 @@ def open_sampling_client(session: Session, *, model_path: str | None, base_model
             sampling_session_id=sampling_session_id, model_path=model_path, base_model=base_model
         )
 
-    return PendingSamplingClient(SamplerHandle(connection, sampling_session_id, open_session))
+    handle = SamplerHandle(connection, sampling_session_id, open_session, record_stability_info=record_stability_info)
+    return PendingSamplingClient(handle)
 
 
 def _prompt_logprobs(response: SampleResponse) -> list[float | None]:

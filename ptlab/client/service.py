@@ -198,10 +198,13 @@ class ServiceClient:
         """A client of weights saved by save_weights_for_sampler, or of a base model.
 
         Args:
-            retry_config, record_stability_info: accepted and without effect in-process.
+            retry_config: accepted and without effect in-process.
+            record_stability_info: what is sampled stays on record for a day, for the loss stable_reinforce.
         """
-        del retry_config, record_stability_info
-        return open_sampling_client(self._session, model_path=model_path, base_model=base_model)
+        del retry_config
+        return open_sampling_client(
+            self._session, model_path=model_path, base_model=base_model, record_stability_info=record_stability_info
+        )
 
     async def create_sampling_client_async(
         self,

@@ -319,11 +319,12 @@ class TrainingClient:
 
         Args:
             name: ignored, as in the official SDK (DeprecationWarning).
-            retry_config, record_stability_info: accepted and without effect in-process.
+            retry_config: accepted and without effect in-process.
+            record_stability_info: what is sampled stays on record for a day, for the loss stable_reinforce.
             kind: only "snapshot".
         Raises: InvalidRequestError for kind "inflight", weights that change under a client: versions never change here.
         """
-        del retry_config, record_stability_info
+        del retry_config
         if name is not None:
             warnings.warn("the name is ignored: these weights are not saved under a path", DeprecationWarning, stacklevel=2)
         if kind != "snapshot":
@@ -340,7 +341,9 @@ class TrainingClient:
                 model_id=handle.model_id, seq_id=turn.seq_ids[0], sampling_session_id=sampling_session_id
             )
 
-        return PendingSamplingClient(SamplerHandle(handle.connection, sampling_session_id, open_session))
+        return PendingSamplingClient(
+            SamplerHandle(handle.connection, sampling_session_id, open_session, record_stability_info=record_stability_info)
+        )
 
     async def save_weights_and_get_sampling_client_async(
         self,
@@ -356,8 +359,10 @@ class TrainingClient:
         self, model_path: str, retry_config: Any = None, record_stability_info: bool = False
     ) -> PendingSamplingClient:
         """A client of weights saved by save_weights_for_sampler."""
-        del retry_config, record_stability_info
-        return open_sampling_client(self._handle.session, model_path=model_path, base_model=None)
+        del retry_config
+        return open_sampling_client(
+            self._handle.session, model_path=model_path, base_model=None, record_stability_info=record_stability_info
+        )
 
     async def create_sampling_client_async(
         self, model_path: str, retry_config: Any = None, record_stability_info: bool = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,16 +93,6 @@ def peft_config(targets: LoraTargets, lora: LoraConfig, base_model: str) -> peft
     return config
 
 
-def attach(model: Any, base: Any, config: peft.LoraConfig, adapter: str) -> Any:
-    """Add an (uninitialised) adapter to a PeftModel, making that around `base` if `model` is None. Returns the PeftModel."""
-    with warnings.catch_warnings():  # PEFT warns of merging a head that is tied to the embeddings; ptlab never merges
-        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
-        if model is None:
-            return peft.PeftModel(base, config, adapter_name=adapter)
-        model.add_adapter(adapter, config)
-        return model
-
-
 def initialise(parameters: dict[str, nn.Parameter], seed: int | None) -> None:
     """Fill A with the usual Kaiming-uniform draw (bound 1 / sqrt(fan_in)) and B with zeros, so the adapter starts as the identity.
 
@@ -117,7 +106,7 @@ def initialise(parameters: dict[str, nn.Parameter], seed: int | None) -> None:
     with torch.no_grad():
         for name in sorted(parameters):
             weight = parameters[name]
-            if ".lora_A." in name or ".lora_embedding_A." in name:
+            if ".lora_A." in name:
                 values = torch.empty(weight.shape, dtype=torch.float32)
                 nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
                 weight.copy_(values)
@@ -175,13 +164,3 @@ def copy_into(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], w
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(named[name])
-
-
-def adapter_parameters(model: Any, adapter: str) -> dict[str, nn.Parameter]:
-    """The adapter's parameters by their path in the base model, without the adapter's own name in it: `...q_proj.lora_A.weight`."""
-    marker = f".{adapter}."
-    return {
-        name.removeprefix("base_model.model.").replace(marker, "."): parameter
-        for name, parameter in model.named_parameters()
-        if ".lora_" in name and marker in name
-    }

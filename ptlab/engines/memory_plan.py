@@ -96,6 +96,8 @@ class MemoryPlan:
 
     mode: Literal["coexist", "alternate"]
     card_bytes: int
+    taken_bytes: int
+    """Held by others."""
     num_parameters: int
     base_bytes: int
     """One copy of the base model."""
@@ -127,12 +129,14 @@ class MemoryPlan:
     @property
     def sampling_bytes(self) -> int:
         """Most that is on the card while sampling."""
-        return self.resident_bytes + self.kv_bytes + (self.micro_batch_bytes if self.mode == "coexist" else 0)
+        others = self.taken_bytes + self.resident_bytes
+        return others + self.kv_bytes + (self.micro_batch_bytes if self.mode == "coexist" else 0)
 
     @property
     def training_bytes(self) -> int:
         """Most that is on the card while the trainer works."""
-        return self.resident_bytes + self.micro_batch_bytes + (self.kv_bytes if self.mode == "coexist" else 0)
+        others = self.taken_bytes + self.resident_bytes
+        return others + self.micro_batch_bytes + (self.kv_bytes if self.mode == "coexist" else 0)
 
     @property
     def engine_args(self) -> Mapping[str, Any]:
@@ -146,7 +150,7 @@ class MemoryPlan:
             "alternate": "KV cache and training activations take turns, since the card cannot hold both at their best",
         }[self.mode]
         return (
-            f"memory plan for a card of {_gb(self.card_bytes)}: {how}. "
+            f"memory plan for a card of {_gb(self.card_bytes)}{_beside(self.taken_bytes)}: {how}. "
             f"In both phases: the base model of {self.num_parameters / 1e9:.2f} B parameters {_times(self.base_copies)} "
             f"({_gb(self.base_bytes)} each) and {_gb(self.rest_bytes)} of adapters, vLLM workspace and CUDA. "
             f"Sampling: {_gb(self.kv_bytes)} of KV cache, {self.kv_tokens:,} tokens"
@@ -167,20 +171,22 @@ def plan_memory(
     element_bytes: int = 2,
     base_copies: Literal[1, 2] = 2,
     gpu_memory_utilization: float | None = None,
+    taken_bytes: int = 0,
 ) -> MemoryPlan:
     """See the module text.
 
     Args:
-        card_bytes: all of the card's memory (torch.cuda.get_device_properties().total_memory); it is taken to be ours alone.
+        card_bytes: all of the card's memory (torch.cuda.get_device_properties().total_memory).
         trial: None = by formula. Called with ever smaller micro-batches until one fits.
         element_bytes: of the compute type of both engines: 2 = bfloat16, 4 = float32.
         base_copies: 2 = trainer and vLLM each hold the base; 1 = they share it.
         gpu_memory_utilization: vLLM's share, if the user insists; None = ptlab decides.
+        taken_bytes: what others hold on the card, as another base model of the same server.
 
     Raises: ConfigError if it cannot fit, with what is missing and what to do.
     """
     need = _Needs.of(shape, workload, element_bytes, base_copies, trial)
-    room = int(card_bytes * (1 - MARGIN)) - need.resident_bytes
+    room = int(card_bytes * (1 - MARGIN)) - taken_bytes - need.resident_bytes
     """For KV cache and activations."""
     if gpu_memory_utilization is None:
         least, most = need.least_kv, need.wanted_kv
@@ -190,13 +196,14 @@ def plan_memory(
     if found is None and not workload.overlap:
         found = _in_turns(need, room, least, most)
     if found is None:
-        raise ConfigError(_refusal(need, card_bytes, room, least, workload))
+        raise ConfigError(_refusal(need, card_bytes, taken_bytes, room, least, workload))
     mode, batch, kv_bytes = found
     peak = need.peak(batch)
     assert peak is not None  # it was found to fit
     return MemoryPlan(
         mode=mode,
         card_bytes=card_bytes,
+        taken_bytes=taken_bytes,
         num_parameters=shape.num_parameters,
         base_bytes=need.base_bytes,
         base_copies=base_copies,
@@ -319,7 +326,7 @@ def _given_kv(need: _Needs, card_bytes: int, room: int, utilization: float) -> i
     return kv
 
 
-def _refusal(need: _Needs, card_bytes: int, room: int, kv: int, workload: Workload) -> str:
+def _refusal(need: _Needs, card_bytes: int, taken_bytes: int, room: int, kv: int, workload: Workload) -> str:
     smallest = need.ladder[-1]
     peak = need.peak(smallest)
     training = need.estimate(smallest) if peak is None else peak
@@ -334,12 +341,16 @@ def _refusal(need: _Needs, card_bytes: int, room: int, kv: int, workload: Worklo
     if workload.lora_slots > 1:
         todo.insert(len(todo) - 2, f"fewer adapter slots in vLLM (engines.sampler.max_loras, now {workload.lora_slots})")
     return (
-        f"memory plan: {_gb(missing)} are missing on a card of {_gb(card_bytes)}, "
+        f"memory plan: {_gb(missing)} are missing on a card of {_gb(card_bytes)}{_beside(taken_bytes)}, "
         f"{'with sampling while the trainer works' if both else 'even if KV cache and training activations take turns'}. "
         f"{_gb(need.resident_bytes)} are always there (base model {_gb(need.base_bytes)} a copy), {_gb(int(card_bytes * MARGIN))} stay "
         f"unplanned; one longest sequence takes {_gb(need.least_kv)} of KV cache and {_gb(training)} in the trainer with recomputed "
         f"activations{' (estimated: the trial ran out of memory)' if peak is None else ''}. What helps: {'; '.join(todo)}"
     )
+
+
+def _beside(taken_bytes: int) -> str:
+    return f" of which others hold {_gb(taken_bytes)}" if taken_bytes else ""
 
 
 def _gb(num_bytes: int) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from ptlab.engines.memory_costs import ModelShape
+from ptlab.engines.memory_costs import CONTEXT_BYTES, ModelShape
 from ptlab.engines.memory_plan import MemoryPlan, MicroBatch, Trial, Workload, plan_memory
 from ptlab.engines.protocols import Trainer
 from ptlab.losses import resolve_loss
@@ -73,17 +73,23 @@ def plan_for_gpu(
 ) -> MemoryPlan:
     """Measure, plan, and set the trainer's micro-batch. For a card that a vLLM sampler shares with the trainer.
 
-    The sampler keeps its KV cache while the trainer works (`overlap`): requests on older versions may go on at any time.
+    The sampler keeps its KV cache while the trainer works (`overlap`): requests on older versions may go on at any time. What is on the
+    card already, as another base model of this server, stays there.
     Raises: ConfigError if the card is too small.
     """
     shape = ModelShape.of(AutoConfig.from_pretrained(path), num_parameters)
+    element_bytes = 2 if trainer.info.dtype == "bfloat16" else 4
+    torch.cuda.empty_cache()
+    free_bytes, card_bytes = torch.cuda.mem_get_info()
+    own_bytes = num_parameters * element_bytes + CONTEXT_BYTES
     load = Workload.of(shape, None, lora_rank=lora_rank, lora_slots=lora_slots, overlap=True)
     plan = plan_memory(
-        card_bytes=torch.cuda.get_device_properties(0).total_memory,
+        card_bytes=card_bytes,
+        taken_bytes=max(0, card_bytes - free_bytes - own_bytes),
         shape=shape,
         workload=load,
         trial=worst_case_trial(trainer, longest_tokens=load.longest_tokens, lora=LoraConfig(rank=lora_rank)),
-        element_bytes=2 if trainer.info.dtype == "bfloat16" else 4,
+        element_bytes=element_bytes,
         gpu_memory_utilization=gpu_memory_utilization,
     )
     logger.info("%s", plan)

@@ -3,7 +3,8 @@
 What a call promises:
 - the result does not depend on how the datums fall into micro-batches (a plain sum, up to floating-point order);
 - all or nothing: a call that fails leaves the accumulated gradients as they were;
-- out of memory halves the micro-batch and goes on; only a single datum that does not fit is an error.
+- out of memory halves the micro-batch and goes on; only a single datum that does not fit is an error;
+- between two micro-batches others may use the trainer (`between_micro_batches`), and no number of the call changes by that.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 import peft
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from ptlab.engines import lora as lora_files
 from ptlab.engines.base_model import load_base_model
 from ptlab.engines.batching import pad, plan_micro_batches
-from ptlab.engines.logprobs import CHUNK_ELEMENTS, output_head, token_logprobs
+from ptlab.engines.logprobs import CHUNK_ELEMENTS, log_softmax, output_head, token_logprobs
+from ptlab.engines.lora_layers import LoraLayers, LoraWeights
 from ptlab.engines.prompt_scores import PromptScorer
 from ptlab.engines.protocols import AdapterRef, PromptScores, SampleCall
 from ptlab.engines.sample_checks import check_call
@@ -33,7 +34,6 @@ from ptlab.errors import CheckpointError, EngineError, InvalidRequestError, NotF
 from ptlab.losses import LossCall, loss_inputs, loss_metrics, loss_sum
 from ptlab.types import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, OptimStepResponse, TensorData
 
-T = TypeVar("T")
 ENGINE = "peft trainer"
 OPTIMIZER_FILE, GRADIENTS_FILE = "optimizer.safetensors", "gradients.safetensors"
 
@@ -42,12 +42,14 @@ OPTIMIZER_FILE, GRADIENTS_FILE = "optimizer.safetensors", "gradients.safetensors
 class _Adapter:
     """One LoRA adapter: master weights (float32), what the optimizer remembers of them, and the gradients not yet applied."""
 
-    name: str  # PEFT's name for it; model ids may hold characters that PEFT refuses
-    lora: LoraConfig
     config: peft.LoraConfig
-    parameters: dict[str, nn.Parameter]
+    weights: LoraWeights
     optimizer: torch.optim.AdamW
     gradients: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self.weights.parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +84,12 @@ class PeftTrainer:
         self._base, self.info = load_base_model(path, name=name, dtype=dtype, device=device)
         self._device: torch.device = self._base.device
         self.num_parameters = sum(p.numel() for p in self._base.parameters())
-        self._model: Any = None  # the PeftModel around _base, made with the first adapter
         self._targets = lora_files.LoraTargets.of(self._base)
+        self._layers = LoraLayers(self._base)
         self._head = output_head(self._base)
         self._adapters: dict[str, _Adapter] = {}
-        self._num_created = 0
+        self.between_micro_batches: Callable[[], None] | None = None
+        self._in_pass: str | None = None  # the model whose forward or forward_backward is under way
         self.set_micro_batch(tokens_per_micro_batch, checkpoint=gradient_checkpointing)
         self._check_head()
 
@@ -114,7 +117,7 @@ class PeftTrainer:
         tokens = [i % self.info.vocab_size for i in range(1, 14, 2)]
         with torch.no_grad():
             logits_TV = self._base(input_ids=torch.tensor([tokens], device=self._device)).logits[0].float()
-            expected_T = logits_TV[:-1].log_softmax(-1).gather(1, torch.tensor(tokens[1:], device=self._device)[:, None])[:, 0]
+            expected_T = log_softmax(logits_TV[:-1]).gather(1, torch.tensor(tokens[1:], device=self._device)[:, None])[:, 0]
         ours_T = torch.tensor(self.compute_logprobs(None, tokens)[1:], device=self._device)
         gap = (ours_T - expected_T).abs().max().item()
         if not gap < (1e-3 if self.info.dtype == "float32" else 0.2):
@@ -131,45 +134,48 @@ class PeftTrainer:
         if model_id in self._adapters:
             raise InvalidRequestError(f"model {model_id!r} exists already")
         config = lora_files.peft_config(self._targets, lora, self.info.name)
-        name = f"adapter{self._num_created}"
-        self._num_created += 1
-        self._model = lora_files.attach(self._model, self._base, config, name)
-        parameters = lora_files.adapter_parameters(self._model, name)
-        for parameter in parameters.values():
-            parameter.data = parameter.data.float()  # master weights, also under a bfloat16 base
-        lora_files.initialise(parameters, lora.seed)
-        optimizer = torch.optim.AdamW(parameters.values(), lr=0.0)
-        self._adapters[model_id] = _Adapter(name, lora, config, parameters, optimizer)
+        weights = self._layers.make(config)
+        lora_files.initialise(weights.parameters, lora.seed)
+        self._adapters[model_id] = _Adapter(config, weights, torch.optim.AdamW(weights.parameters.values(), lr=0.0))
 
     def remove_adapter(self, model_id: str) -> None:
-        adapter = self._adapter(model_id)
+        self._changeable(model_id, "remove_adapter")
         del self._adapters[model_id]
-        self._detach(adapter.name)
-
-    def _detach(self, name: str) -> None:
-        """Take an adapter out of the model; with the last one the PEFT layers go as well."""
-        if self._adapters:
-            self._model.set_adapter(next(iter(self._adapters.values())).name)  # PEFT warns when the active one goes
-            self._model.delete_adapter(name)
-        else:
-            self._base = self._model.unload()
-            self._model = None
 
     def _adapter(self, model_id: str) -> _Adapter:
         if model_id not in self._adapters:
             raise NotFoundError(f"no trainable model {model_id!r}; the trainer holds {sorted(self._adapters) or 'none'}")
         return self._adapters[model_id]
 
+    def _changeable(self, model_id: str, operation: str) -> _Adapter:
+        """Raises: EngineError in the middle of a pass of the same model, whose other half would be of other weights."""
+        if model_id == self._in_pass:
+            raise EngineError(
+                f"{operation} of {model_id!r} between two micro-batches of its own pass; wait for the pass to end",
+                engine=ENGINE,
+                operation=operation,
+            )
+        return self._adapter(model_id)
+
     # -- forward and backward
 
     def forward(self, model_id: str, data: Sequence[Datum], loss: LossCall) -> ForwardBackwardOutput:
-        return self._pass(self._adapter(model_id), data, loss, backward=False)
+        return self._whole_pass(model_id, data, loss, backward=False)
 
     def forward_backward(self, model_id: str, data: Sequence[Datum], loss: LossCall) -> ForwardBackwardOutput:
-        return self._pass(self._adapter(model_id), data, loss, backward=True)
+        return self._whole_pass(model_id, data, loss, backward=True)
 
-    def _pass(self, adapter: _Adapter, data: Sequence[Datum], loss: LossCall, *, backward: bool) -> ForwardBackwardOutput:
-        self._model.set_adapter(adapter.name)
+    def _whole_pass(self, model_id: str, data: Sequence[Datum], loss: LossCall, *, backward: bool) -> ForwardBackwardOutput:
+        adapter = self._changeable(model_id, "forward_backward") if backward else self._adapter(model_id)
+        outer = self._in_pass
+        self._in_pass = outer or model_id  # a pass inside a pass is never interrupted itself
+        try:
+            with self._layers.using(adapter.weights):
+                return self._pass(adapter, data, loss, backward=backward, give_way=outer is None)
+        finally:
+            self._in_pass = outer
+
+    def _pass(self, adapter: _Adapter, data: Sequence[Datum], loss: LossCall, *, backward: bool, give_way: bool) -> ForwardBackwardOutput:
         items = [_Item(d.model_input.to_ints(), {k: v.to(self._device) for k, v in loss_inputs(d, loss).items()}) for d in data]
         logprobs_D: list[Tensor] = [torch.empty(0)] * len(items)
         gradients: dict[str, Tensor] = {}  # of this call alone, added to the adapter's once everything has succeeded
@@ -190,6 +196,8 @@ class PeftTrainer:
                 logprobs_D[i] = part
             for name, grad in zip(adapter.parameters, grads, strict=False):
                 gradients[name] = gradients[name].add_(grad) if name in gradients else grad
+            if todo and give_way and self.between_micro_batches is not None:
+                self.between_micro_batches()
         metrics = loss_metrics(loss, logprobs_D, [item.inputs for item in items])
         if backward:
             self._accumulate(adapter, gradients, metrics)
@@ -242,49 +250,34 @@ class PeftTrainer:
         if len(tokens) < 2:
             return [None] * len(tokens)
 
-        def score() -> list[float | None]:
-            with torch.no_grad():
-                return [None, *self._target_logprobs(rows, targets)[0].tolist()]
-
-        if model_id is not None:
-            self._model.set_adapter(self._adapter(model_id).name)
-            return score()
-        return _without_adapter(self._model, score)
+        with self._layers.using(None if model_id is None else self._adapter(model_id).weights), torch.no_grad():
+            return [None, *self._target_logprobs(rows, targets)[0].tolist()]
 
     def score_prompt(self, call: SampleCall) -> PromptScores:
         tokens = check_call(call, self.info).tokens
         seed = secrets.randbits(63) if call.params.seed is None else call.params.seed & SEED_MASK
         scorer = PromptScorer(call, tokens, seed, self._device)
-        chunk = max(1, CHUNK_ELEMENTS // self.info.vocab_size)
+        chunk = max(1, CHUNK_ELEMENTS[self._device.type] // self.info.vocab_size)
 
-        def score() -> PromptScores:
-            with torch.no_grad():
-                ids_BL = torch.tensor([tokens], device=self._device)
-                hidden_TH = self._base.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state[0]
-                for start in range(0, len(tokens), chunk):
-                    scorer.add(self._head(hidden_TH[start : start + chunk]), start)
-            return scorer.scores()
+        with self._layers.using(None if call.adapter is None else self._version(call.adapter)), torch.no_grad():
+            ids_BL = torch.tensor([tokens], device=self._device)
+            hidden_TH = self._base.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state[0]
+            for start in range(0, len(tokens), chunk):
+                scorer.add(self._head(hidden_TH[start : start + chunk]), start)
+        return scorer.scores()
 
-        return _without_adapter(self._model, score) if call.adapter is None else self._borrowing(call.adapter, score)
-
-    def _borrowing(self, adapter: AdapterRef, work: Callable[[], T]) -> T:
-        """Do some work under the weights in a version's directory, which are forgotten afterwards."""
-        name = f"borrowed{self._num_created}"
-        self._num_created += 1
-        self._model = lora_files.attach(self._model, self._base, lora_files.read_config(adapter), name)
-        try:
-            tensors = lora_files.load_tensors(adapter.path / lora_files.ADAPTER_FILE)
-            lora_files.copy_into(lora_files.adapter_parameters(self._model, name), tensors, adapter.path)
-            self._model.set_adapter(name)
-            return work()
-        finally:
-            self._detach(name)
+    def _version(self, adapter: AdapterRef) -> LoraWeights:
+        """The weights in a version's directory. Raises: CheckpointError if it is missing, torn, or not of this base model."""
+        file = adapter.path / lora_files.ADAPTER_FILE
+        weights = self._layers.make(lora_files.read_config(adapter))
+        lora_files.copy_into(weights.parameters, lora_files.load_tensors(file), file)
+        return weights
 
     # -- optimizer
 
     def optim_step(self, model_id: str, adam: AdamParams) -> OptimStepResponse:
         """One AdamW step on the accumulated sum, then clear it. Without gradients nothing moves, and `skipped:sum` says so."""
-        adapter = self._adapter(model_id)
+        adapter = self._changeable(model_id, "optim_step")
         if not adapter.gradients:
             return OptimStepResponse(metrics={"skipped:sum": 1.0})
         for name, parameter in adapter.parameters.items():
@@ -316,7 +309,7 @@ class PeftTrainer:
 
     def load_state(self, model_id: str, directory: Path, *, with_optimizer: bool) -> None:
         """Replace weights, and with_optimizer the optimizer and unapplied gradients too; otherwise those start empty."""
-        adapter = self._adapter(model_id)
+        adapter = self._changeable(model_id, "load_state")
         weights = lora_files.load_tensors(directory / lora_files.ADAPTER_FILE)
         moments = lora_files.load_tensors(directory / OPTIMIZER_FILE) if with_optimizer else {}
         gradients = lora_files.load_tensors(directory / GRADIENTS_FILE) if with_optimizer else {}
@@ -333,13 +326,6 @@ class PeftTrainer:
         adapter.optimizer.state.clear()
         adapter.optimizer.state.update(state)
         adapter.gradients = {name: grad.to(self._device) for name, grad in gradients.items()}
-
-
-def _without_adapter(model: Any, work: Callable[[], T]) -> T:
-    if model is None:
-        return work()
-    with model.disable_adapter():
-        return work()
 
 
 def _is_out_of_memory(err: Exception) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ptlab.engines.logprobs import log_softmax
 from ptlab.engines.protocols import PromptScores, SampleCall
 from ptlab.engines.token_draw import PROMPT_STREAM, RowParams, UniformStreams, distribution, inverse_cdf
 from ptlab.types import PromptAltTokens, TensorData, TopkLogprobs
@@ -53,7 +54,7 @@ class PromptScorer:
         if begin >= end:
             return
         logits_CV = logits_CV[skip : skip + end - begin].float()
-        logprobs_CV = torch.log_softmax(logits_CV, dim=-1)
+        logprobs_CV = log_softmax(logits_CV)
         if end > self._first:
             late = max(0, self._first - begin)
             where = slice(begin + late, end)

@@ -6,7 +6,7 @@ protocol (tests/engines/test_trainer_contract.py, tests/engines/test_sampler_con
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -125,6 +125,13 @@ class Trainer(Protocol):
 
     `forward` and `forward_backward` return for every datum `logprobs` in the shape of its target_tokens, and metrics that hold at
     least `loss:sum`. Gradients of successive forward_backward calls add up (a plain sum over tokens and datums) until optim_step.
+    """
+
+    between_micro_batches: Callable[[], None] | None
+    """Called between two micro-batches of forward and forward_backward, on the thread that called these; None at first.
+
+    It lets others at the trainer in the middle of a long pass: it may score, save, create, load, remove and train any adapter but change
+    the one in the pass, and the pass then goes on as if nothing had happened. What it raises ends the pass, with nothing accumulated.
     """
 
     @property

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ptlab.engines.protocols import AdapterRef, BaseModelInfo, PromptScores, SampleCall, SamplerCapabilities
-from ptlab.errors import EngineError, InvalidRequestError, NotFoundError, NotServedError
+from ptlab.engines.sampler_errors import not_loaded
+from ptlab.errors import InvalidRequestError, NotFoundError, NotServedError
 from ptlab.losses import LossCall, loss_inputs, loss_metrics, loss_sum
 from ptlab.types import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, OptimStepResponse, SampledSequence, SampleResponse, TensorData
 
@@ -44,6 +45,8 @@ class ScriptedTrainer:
     """See `ptlab.engines.protocols.Trainer`."""
 
     info: BaseModelInfo = field(default_factory=unigram_info)
+    between_micro_batches: Callable[[], None] | None = None
+    """Called between two datums: here each is a micro-batch."""
     _adapters: dict[str, _Adapter] = field(default_factory=dict)
 
     def create_adapter(self, model_id: str, lora: LoraConfig) -> None:
@@ -71,6 +74,9 @@ class ScriptedTrainer:
 
     def _pass(self, model_id: str, data: Sequence[Datum], loss: LossCall) -> tuple[Tensor, ForwardBackwardOutput]:
         inputs = [loss_inputs(datum, loss) for datum in data]
+        for _ in inputs[1:]:
+            if self.between_micro_batches is not None:
+                self.between_micro_batches()
         logprobs_V = (base_logits(self.info.vocab_size) + self._adapter(model_id).delta_V).log_softmax(0)
         parts = [logprobs_V[i["target_tokens"]] for i in inputs]
         total = loss_sum(loss, parts, inputs)
@@ -143,7 +149,7 @@ class ScriptedSampler:
     async def sample(self, call: SampleCall) -> SampleResponse:
         tokens = call.prompt.to_ints()
         if call.adapter is not None and call.adapter.name not in self.loaded:
-            raise EngineError(f"adapter {call.adapter.name} is not loaded", engine="scripted sampler", operation="sample")
+            raise not_loaded(call.adapter, "scripted sampler")
         if call.include_prompt_logprobs and not self.scores_prompts and call.adapter is not None:
             raise NotServedError("no prompt log-probabilities with an adapter", engine="scripted sampler", operation="sample")
         self.num_requests += 1
@@ -163,7 +169,7 @@ class ScriptedSampler:
             sequences.append(
                 SampledSequence(
                     stop_reason="length",
-                    sequence_id=f"sequence-{self.num_requests}-{i}",
+                    sequence_id=call.sequence_ids[i] if call.sequence_ids else f"sequence-{self.num_requests}-{i}",
                     tokens_np=drawn_T.astype(np.int32),
                     logprobs_np=logprobs_V[drawn_T].astype(np.float32),
                     policy_version=version,

@@ -5,6 +5,7 @@ A draw keeps what stopped it: the stop token, or the token that completed a stop
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from ptlab.errors import InvalidRequestError
 
+MAX_TABLES = 64  # each is as long as the vocabulary, and clients choose the texts
 REPLACEMENT = "\ufffd"  # what decoding shows for a piece of a multi-byte character
 
 
@@ -60,7 +62,7 @@ class StopTexts:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._pieces: list[str] | None = None
-        self._tables: dict[tuple[str, ...], NDArray[np.bool_]] = {}
+        self._tables: OrderedDict[tuple[str, ...], NDArray[np.bool_]] = OrderedDict()  # the least recently used first
 
     def may_end(self, texts: tuple[str, ...]) -> NDArray[np.bool_]:
         """[vocab_size] True where sampling this token can complete one of `texts`; never False for one that can."""
@@ -69,6 +71,9 @@ class StopTexts:
                 self._pieces = self._decode_vocabulary()
             last = {text[-1] for text in texts} | {REPLACEMENT}
             self._tables[texts] = np.array([not last.isdisjoint(piece) for piece in self._pieces])
+            if len(self._tables) > MAX_TABLES:
+                self._tables.popitem(last=False)
+        self._tables.move_to_end(texts)
         return self._tables[texts]
 
     def tail_length(self, texts: tuple[str, ...]) -> int:

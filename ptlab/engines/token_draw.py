@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ptlab.engines.logprobs import log_softmax
+
 SEED_MASK = 2**63 - 1  # the contract folds any seed to [0, 2^63 - 1)
 PROMPT_STREAM = 2**63  # stream number of prompt_alt_tokens; draws use 0, 1, 2, ...
 _LARGEST_UNIFORM = 1 - 2.0**-40
@@ -67,7 +69,7 @@ def distribution(logits_BV: Tensor, params: RowParams) -> Tensor:
     scores_BV = logits_BV.float()
     if params.scaled:
         scores_BV = scores_BV / params.temperature_B[:, None]
-    logprobs_BV = torch.log_softmax(scores_BV, dim=-1)
+    logprobs_BV = log_softmax(scores_BV)
     if params.truncated_rows is None:
         return logprobs_BV
     rows = params.truncated_rows
@@ -82,7 +84,7 @@ def _truncate(logprobs_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:
     probs_RV = torch.softmax(sorted_RV, dim=-1)
     before_RV = probs_RV.cumsum(-1) - probs_RV  # probability of the more likely tokens
     drop_RV = (before_RV >= top_p_R[:, None]) & (top_p_R[:, None] < 1.0) & (rank_V[None, :] > 0)
-    kept_RV = torch.log_softmax(sorted_RV.masked_fill(drop_RV, -torch.inf), dim=-1)
+    kept_RV = log_softmax(sorted_RV.masked_fill(drop_RV, -torch.inf))
     return torch.empty_like(kept_RV).scatter_(1, order_RV, kept_RV)
 
 

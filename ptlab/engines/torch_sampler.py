@@ -23,12 +23,14 @@ from ptlab.engines.base_model import eos_token_ids, load_base_model, load_tokeni
 from ptlab.engines.decode_attention import use_decode_attention
 from ptlab.engines.generation import Draw, generate
 from ptlab.engines.kv_cache import bytes_per_token
+from ptlab.engines.logprobs import log_softmax
 from ptlab.engines.protocols import AdapterRef, BaseModelInfo, SampleCall, SamplerCapabilities
 from ptlab.engines.sample_batches import Batch, BatchInputs, Job, plan_batches
 from ptlab.engines.sample_checks import check_call
+from ptlab.engines.sampler_errors import as_engine_error, closed, not_loaded
 from ptlab.engines.stop import StopRule, StopTexts, resolve_stop
 from ptlab.engines.token_draw import SEED_MASK
-from ptlab.errors import EngineError, PtlabError
+from ptlab.errors import EngineError
 from ptlab.types import SampleResponse
 
 
@@ -114,11 +116,7 @@ class TorchSampler:
         with self._changed:
             if call.adapter is not None:
                 if call.adapter not in self._loaded:
-                    raise EngineError(
-                        f"adapter {call.adapter.name!r} version {call.adapter.version} is not loaded; nothing was sampled",
-                        engine=ENGINE,
-                        operation="sample",
-                    )
+                    raise not_loaded(call.adapter, ENGINE)
                 self._in_flight[call.adapter] += 1
             try:
                 self._enqueue(job)
@@ -172,7 +170,7 @@ class TorchSampler:
     def _enqueue(self, item: Job | _Command) -> None:
         """Call with the lock held. Raises: EngineError once close() was called."""
         if self._closing:
-            raise _closed()
+            raise closed(ENGINE)
         self._queue.append(item)
         self._last_arrival = time.monotonic()
         self._changed.notify_all()
@@ -202,7 +200,7 @@ class TorchSampler:
                 self._run_jobs(self._gather())
         for item in waiting:
             if item.future.set_running_or_notify_cancel():
-                item.future.set_exception(_closed())
+                item.future.set_exception(closed(ENGINE))
 
     def _gather(self) -> list[Job]:
         """The jobs at the head of the queue, up to the next command, once the burst they belong to is over."""
@@ -227,7 +225,7 @@ class TorchSampler:
         try:
             result = command.run()
         except Exception as err:
-            command.future.set_exception(_as_engine_error(err, command.operation))
+            command.future.set_exception(as_engine_error(err, command.operation, ENGINE))
         else:
             command.future.set_result(result)
 
@@ -238,7 +236,7 @@ class TorchSampler:
                 self._run_batch(batch)
         except Exception as err:  # planning failed; a batch's own failure is dealt with there
             _fail(jobs, err)
-        _fail(jobs, _closed())  # none is left unless close() broke off the generation
+        _fail(jobs, closed(ENGINE))  # none is left unless close() broke off the generation
 
     def _run_batch(self, batch: Batch) -> None:
         """Answer the jobs this batch completes; a failure fails the jobs of this batch only. Out of memory runs it in halves."""
@@ -279,20 +277,7 @@ def _fail(jobs: Sequence[Job], err: Exception) -> None:
     """Those of the jobs that are not answered yet."""
     for job in jobs:
         if not job.future.done() and job.future.set_running_or_notify_cancel():
-            job.future.set_exception(_as_engine_error(err, "sample"))
-
-
-def _closed() -> EngineError:
-    return EngineError("the sampler is closed", engine=ENGINE, operation="sample")
-
-
-def _as_engine_error(err: Exception, operation: str) -> PtlabError:
-    """Our own errors as they are; anything else as an EngineError that keeps the cause."""
-    if isinstance(err, PtlabError):
-        return err
-    wrapped = EngineError(f"{operation} failed: {type(err).__name__}: {err}", engine=ENGINE, operation=operation)
-    wrapped.__cause__ = err
-    return wrapped
+            job.future.set_exception(as_engine_error(err, "sample", ENGINE))
 
 
 def _kv_budget(asked: int | None, device: torch.device) -> int:
@@ -318,7 +303,7 @@ def check_decoding(model: Any, info: BaseModelInfo, stop_texts: StopTexts) -> No
         tokens_T = torch.from_numpy(drawn.tokens_T).long().to(model.device)
         with torch.inference_mode():
             logits_TV = model(input_ids=torch.tensor([[*prompt, *tokens_T.tolist()]], device=model.device)).logits[0]
-        logprobs_T = logits_TV.float().log_softmax(-1)[len(prompt) - 1 : -1].gather(1, tokens_T[:, None])[:, 0]
+        logprobs_T = log_softmax(logits_TV.float())[len(prompt) - 1 : -1].gather(1, tokens_T[:, None])[:, 0]
         gap = max(gap, float((logprobs_T.cpu() - torch.from_numpy(drawn.logprobs_T)).abs().max()))
     if not gap < (1e-3 if info.dtype == "float32" else 0.5):
         raise EngineError(

@@ -22,17 +22,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptlab.engines.protocols import AdapterRef
+from ptlab.engines.sampler_errors import as_engine_error, closed, first_line, named, not_loaded, not_the_files
 from ptlab.engines.stop import StopTexts
+from ptlab.engines.vllm_child import main_module_replaced
 from ptlab.engines.vllm_process import (  # before vllm itself
     ThisProcess,
     environment,
     groups_kept,
     import_warnings_hidden,
-    main_module_hidden,
     notice_death,
     torch_untouched,
 )
-from ptlab.errors import CheckpointError, EngineError, EngineLostError, PtlabError
+from ptlab.errors import CheckpointError, EngineLostError, PtlabError
 
 with import_warnings_hidden():
     from vllm.engine.arg_utils import EngineArgs
@@ -170,7 +171,7 @@ class VllmEngine:
     def _enqueue(self, item: EngineRequest | _Command) -> None:
         with self._changed:
             if self._closing:
-                raise closed()
+                raise closed(ENGINE)
             self._queue.append(item)
             self._changed.notify_all()
 
@@ -201,16 +202,11 @@ class VllmEngine:
             raise
         except Exception as err:
             self._drop(adapter, lora)
-            raise CheckpointError(f"{adapter.path}: vLLM cannot serve this adapter: {_first_line(err)}") from err
+            raise CheckpointError(f"{adapter.path}: vLLM cannot serve this adapter: {first_line(err)}") from err
         of_the_file = [name for name in wrong if name.endswith(".weight")]
         if of_the_file:
             self._drop(adapter, lora)
-            raise EngineError(
-                f"adapter {adapter.name!r}: tensor {of_the_file[0]} in the model is not the one in {adapter.path} "
-                f"({len(of_the_file)} such); the adapter was not loaded",
-                engine=ENGINE,
-                operation="load_adapter",
-            )
+            raise not_the_files(adapter, of_the_file[0], ENGINE, count=len(of_the_file))
         self._loras[adapter] = lora
         return frozenset(landed) | frozenset(wrong)
 
@@ -233,12 +229,12 @@ class VllmEngine:
         try:
             self._engine = self._start()
         except Exception as err:
-            started.set_exception(as_engine_error(err, "start"))
+            started.set_exception(as_engine_error(err, "start", ENGINE))
             return
         started.set_result(None)
         while self._turn_once():
             pass
-        self._fail_all(closed())
+        self._fail_all(closed(ENGINE))
         self._stop()
 
     def _turn_once(self) -> bool:
@@ -268,7 +264,7 @@ class VllmEngine:
                 raise
             _fail(future, err)
         except Exception as err:
-            failure = EngineLostError(f"{operation} failed: {_named(err)}", engine=ENGINE, operation=operation)
+            failure = EngineLostError(f"{operation} failed: {named(err)}", engine=ENGINE, operation=operation)
             failure.__cause__ = err
             if future is not None:
                 _fail(future, failure)
@@ -281,7 +277,7 @@ class VllmEngine:
             return
         engine = self._running_engine()
         if request.adapter is not None and request.adapter not in self._loras:
-            raise not_loaded(request.adapter)
+            raise not_loaded(request.adapter, ENGINE)
         lora = None if request.adapter is None else self._loras[request.adapter]
         request.drawings = [Drawing() for _ in request.params]
         request.keys = [uuid.uuid4().hex for _ in request.params]
@@ -335,7 +331,7 @@ class VllmEngine:
             self._running_engine()
         except Exception as err:
             self._stop()
-            log.error("vLLM cannot be started again: %s", _first_line(err))
+            log.error("vLLM cannot be started again: %s", first_line(err))
 
     def _reload(self) -> None:
         wanted, self._loras = list(self._loras), {}
@@ -350,7 +346,14 @@ class VllmEngine:
         # parts of vLLM look at the variable rather than at multiprocess_mode; the others are for the new process, which would tell the
         # terminal about NUMA nodes and deprecated calls of its own
         variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if inproc else "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
-        with ThisProcess.turn, torch_untouched(), main_module_hidden(), import_warnings_hidden(), environment(variables):
+        with (
+            self._turn,  # an engine in a process of its own leaves those in this one running while it starts
+            ThisProcess.starting,
+            torch_untouched() if inproc else nullcontext(),
+            main_module_replaced(),
+            import_warnings_hidden(),
+            environment(variables),
+        ):
             config = EngineArgs(**self._settings, worker_extension_cls=EXTENSION).create_engine_config()
             engine = LLMEngine(config, Executor.get_class(config), log_stats=False, multiprocess_mode=not inproc)
             ThisProcess.num_engines += inproc
@@ -370,14 +373,14 @@ class VllmEngine:
         if engine is None:
             return
         processes = [] if self._mode == "inproc" else list(engine.engine_core.resources.engine_manager.processes)
-        with ThisProcess.turn:
+        with self._turn:
             if self._mode == "inproc":
                 ThisProcess.num_engines -= 1
-            with groups_kept() if ThisProcess.num_engines else nullcontext():
+            with groups_kept() if self._mode == "inproc" and ThisProcess.num_engines else nullcontext():
                 try:
                     engine.engine_core.shutdown()
                 except Exception as err:  # a broken engine may fail to close as well; it is not used again
-                    log.warning("vLLM did not close cleanly: %s", _first_line(err))
+                    log.warning("vLLM did not close cleanly: %s", first_line(err))
         for process in processes:  # vLLM sends the signals but does not wait for the end: a zombie would stay
             process.join(timeout=EXIT_TIMEOUT_S)
 
@@ -389,36 +392,6 @@ def _prove(engine: Any) -> None:
     engine.add_request("start", tokens_input([0, 0]), params)
     while engine.has_unfinished_requests():
         engine.step()
-
-
-# -- errors
-
-
-def closed() -> EngineError:
-    return EngineError("the sampler is closed", engine=ENGINE, operation="sample")
-
-
-def not_loaded(adapter: AdapterRef) -> EngineError:
-    return EngineError(
-        f"adapter {adapter.name!r} version {adapter.version} is not loaded; nothing was sampled", engine=ENGINE, operation="sample"
-    )
-
-
-def as_engine_error(err: Exception, operation: str) -> PtlabError:
-    """Our own errors as they are; anything else as an EngineError that keeps the cause."""
-    if isinstance(err, PtlabError):
-        return err
-    wrapped = EngineError(f"{operation} failed: {_named(err)}", engine=ENGINE, operation=operation)
-    wrapped.__cause__ = err
-    return wrapped
-
-
-def _named(err: Exception) -> str:
-    return f"{type(err).__name__}: {_first_line(err)}"
-
-
-def _first_line(err: Exception) -> str:
-    return (str(err).strip().splitlines() or [type(err).__name__])[0]
 
 
 def _run_command(command: _Command) -> None:

@@ -6,7 +6,6 @@ The first module of ptlab to import vLLM, so that its variables are set before.
 from __future__ import annotations
 
 import logging
-import multiprocessing.spawn
 import os
 import queue
 import random
@@ -71,6 +70,8 @@ class ThisProcess:
     """
 
     turn: ClassVar[threading.RLock] = threading.RLock()
+    starting: ClassVar[threading.RLock] = threading.RLock()
+    """Held while any engine starts, also one in a process of its own: starts change the environment. Taken after `turn`, never before."""
     num_engines: ClassVar[int] = 0
 
 
@@ -108,25 +109,6 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-@contextmanager
-def main_module_hidden() -> Iterator[None]:
-    """Keep vLLM's processes from importing the user's main script: one without `if __name__ == "__main__"` would run a second time."""
-    stock = multiprocessing.spawn.get_preparation_data
-
-    def prepare(name: str) -> dict[str, Any]:
-        data = dict(stock(name))
-        if name.startswith(("EngineCore", "VllmWorker")):
-            data.pop("init_main_from_path", None)
-            data.pop("init_main_from_name", None)
-        return data
-
-    multiprocessing.spawn.get_preparation_data = prepare
-    try:
-        yield
-    finally:
-        multiprocessing.spawn.get_preparation_data = stock
 
 
 @contextmanager

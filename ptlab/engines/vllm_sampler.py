@@ -25,11 +25,13 @@ from transformers import AutoConfig, GenerationConfig
 
 from ptlab.engines.base_model import end_token_ids, load_tokenizer, resolve_device, resolve_dtype
 from ptlab.engines.lora import ADAPTER_FILE, load_tensors, read_config
+from ptlab.engines.memory_costs import ModelShape, lora_slot_bytes
 from ptlab.engines.protocols import AdapterRef, BaseModelInfo, SampleCall, SamplerCapabilities
 from ptlab.engines.sample_checks import check_call
+from ptlab.engines.sampler_errors import name_taken, not_loaded
 from ptlab.engines.stop import StopRule, StopTexts, resolve_stop
 from ptlab.engines.token_draw import SEED_MASK
-from ptlab.engines.vllm_engine import ENGINE, Drawing, EngineRequest, Mode, VllmEngine, not_loaded  # before vllm, for its environment
+from ptlab.engines.vllm_engine import ENGINE, Drawing, EngineRequest, Mode, VllmEngine  # before vllm, for its environment
 from ptlab.errors import EngineError, InvalidRequestError, NotServedError
 from ptlab.types import SampledSequence, SampleResponse, TopkLogprobs
 from ptlab.types.sampled import MASK_LOGPROB
@@ -38,6 +40,7 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the maxima vLLM 0.32 acce
 MIN_TEMPERATURE = 0.01  # vLLM raises a lower one to this; the log-probabilities would be of another distribution than asked
 HEAD = "lm_head"
 KV_BLOCK_TOKENS = 32  # the smallest vLLM accepts on the CPU
+MIN_LORA_SLOTS, MAX_LORA_SLOTS, LORA_SLOT_BYTES = 4, 32, 2**28
 log = logging.getLogger(__name__)
 
 
@@ -53,8 +56,7 @@ class VllmSampler:
         max_context_length: most tokens of prompt and answer; None = the model's, less where the KV cache cannot hold that.
         max_lora_rank: largest rank of an adapter; each slot takes memory for it.
         max_loras: slots: adapters that can be in one batch. More live versions than that take turns, which costs throughput, not
-            correctness. Fixed for the life of the engine, since a change means a restart: four hold what a training run samples from at
-            once (the current version, the one before, an evaluation, a reference).
+            correctness. Fixed for the life of the engine: vLLM allots them when it starts. None = see `lora_slots`.
         max_cpu_loras: adapters kept in host memory; those beyond are read again from their path when needed.
         max_num_seqs: most sequences in one batch.
         kv_cache_bytes: memory for keys and values; None = on the CPU what max_num_seqs sequences take, at most 1 GiB unless one context
@@ -74,7 +76,7 @@ class VllmSampler:
         mode: Literal["auto", "inproc", "process"] = "auto",
         max_context_length: int | None = None,
         max_lora_rank: int = 32,
-        max_loras: int = 4,
+        max_loras: int | None = None,
         max_cpu_loras: int = 32,
         max_num_seqs: int = 256,
         kv_cache_bytes: int | None = None,
@@ -91,6 +93,8 @@ class VllmSampler:
         if on_cpu and kv_cache_bytes is None:
             kv_cache_bytes, context = cpu_kv_cache(text_config, compute, context, max_num_seqs)
         self._rank_limit = lora_rank_limit(max_lora_rank)
+        if max_loras is None:
+            max_loras = lora_slots(config, compute, self._rank_limit) if on_cpu else MIN_LORA_SLOTS
         self._mode: Mode = mode if mode != "auto" else "inproc" if on_cpu and compute == torch.float32 else "process"
         self._info = BaseModelInfo(
             name=path if name is None else name,
@@ -177,7 +181,7 @@ class VllmSampler:
         with self._changed:
             if call.adapter is not None:
                 if call.adapter not in self._loaded:
-                    raise not_loaded(call.adapter)
+                    raise not_loaded(call.adapter, ENGINE)
                 self._in_flight[call.adapter] += 1
         request.future.add_done_callback(lambda _: self._settle(call.adapter))
         try:
@@ -228,11 +232,7 @@ class VllmSampler:
         with self._changed:
             taken = any(other.name == adapter.name and other != adapter for other in self._loaded)
         if taken:
-            raise EngineError(
-                f"adapter name {adapter.name!r} is in use for other weights; a new version needs a new name",
-                engine=ENGINE,
-                operation="load_adapter",
-            )
+            raise name_taken(adapter, ENGINE)
         return self._engine.load(adapter)
 
     def _check_adapter(self, adapter: AdapterRef) -> bool:
@@ -360,6 +360,17 @@ def lora_rank_limit(rank: int) -> int:
         if rank <= limit:
             return limit
     raise InvalidRequestError(f"LoRA rank {rank} is above {LORA_RANKS[-1]}, the largest vLLM can serve")
+
+
+def lora_slots(config: Any, dtype: torch.dtype, rank: int) -> int:
+    """Adapter slots on the CPU, from a transformers config: as many as 256 MiB hold at this rank, 4 to 32.
+
+    Four hold what one training run samples from at once (the current version, the one before, an evaluation, a reference). A server of
+    many has more: 64 requests over 32 versions are 1.75 times as fast on 32 slots as on 4, and slots that are not used cost memory only
+    (docs/LOG.md, 2026-11-21).
+    """
+    shape = ModelShape.of(config, num_parameters=1)  # slots do not depend on that number, and a mixture of experts cannot reckon it
+    return max(MIN_LORA_SLOTS, min(MAX_LORA_SLOTS, LORA_SLOT_BYTES // lora_slot_bytes(shape, rank, dtype.itemsize)))
 
 
 def cpu_kv_cache(config: Any, dtype: torch.dtype, context: int, max_num_seqs: int) -> tuple[int, int]:

@@ -143,6 +143,7 @@ def policy_loss(name: str) -> Loss:
     resolve_loss(name)
     if "advantages" not in LOSSES[name].inputs:
         raise InvalidRequestError(
-            f"loss {name!r} reads no advantages, so no reward reaches it; use importance_sampling, ppo, cispo, dro or gspo"
+            f"loss {name!r} reads no advantages, so no reward reaches it; "
+            f"use importance_sampling, ppo, cispo, dro, gspo or stable_reinforce"
         )
     return LOSSES[name]

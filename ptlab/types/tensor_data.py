@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeGuard, runtime_checkable
@@ -205,16 +204,19 @@ def _check_csr(values: npt.NDArray[Any], shape: list[int] | None, crow: list[int
     if shape is None or len(shape) != 2:
         raise InvalidRequestError(f"TensorData: a sparse tensor needs shape [rows, cols], got {shape}")
     rows, cols = shape
-    if len(crow) != rows + 1 or crow[0] != 0 or any(a > b for a, b in itertools.pairwise(crow)):
+    offsets, columns = np.asarray(crow, dtype=np.int64), np.asarray(col, dtype=np.int64)
+    if len(offsets) != rows + 1 or offsets[0] != 0 or (np.diff(offsets) < 0).any():
         raise InvalidRequestError(f"TensorData: sparse_crow_indices of {rows} rows need {rows + 1} offsets rising from 0, got {crow[:8]}")
-    if not len(col) == values.size == crow[-1] or values.ndim != 1:
+    if not len(columns) == values.size == offsets[-1] or values.ndim != 1:
         raise InvalidRequestError(
             f"TensorData: sparse_crow_indices ends at {crow[-1]}, but there are {values.size} values and {len(col)} column indices; "
             "all three must agree"
         )
-    if any(not 0 <= index < cols for index in col):
+    if ((columns < 0) | (columns >= cols)).any():
         raise InvalidRequestError(f"TensorData: a column index lies outside 0..{cols - 1}")
-    for row in range(rows):
+    row_of = np.repeat(np.arange(rows), np.diff(offsets))
+    falling = (np.diff(columns) <= 0) & (row_of[1:] == row_of[:-1])
+    if falling.any():
+        row = int(row_of[1:][falling][0])
         indices = col[crow[row] : crow[row + 1]]
-        if any(a >= b for a, b in itertools.pairwise(indices)):
-            raise InvalidRequestError(f"TensorData: column indices of row {row} must rise without repeats, got {indices[:8]}")
+        raise InvalidRequestError(f"TensorData: column indices of row {row} must rise without repeats, got {indices[:8]}")

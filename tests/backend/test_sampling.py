@@ -64,7 +64,7 @@ def test_prompt_scores_that_the_sampler_gets_wrong_come_from_the_trainer_under_t
         right = (await draw(world, include_prompt_logprobs=True)).prompt_logprobs
         world.sampler.scores_prompts = False  # it refuses, so an answer can only come from the trainer
         session = world.backend.sampling._open["s:sample:0"]
-        session.served.sync._live[session.ref.name].tensors = frozenset({"base_model.model.lm_head.lora_B.weight"})  # type: ignore[union-attr]
+        world.backend.served.opened()[0].sync._live[session.ref.name].tensors = frozenset({"base_model.model.lm_head.lora_B.weight"})  # type: ignore[union-attr]
         await world.train()  # the trainer has moved on
         scored = await draw(world, include_prompt_logprobs=True)
         assert scored.prompt_logprobs is not None and right is not None
@@ -81,7 +81,7 @@ class Unloading(ScriptedSampler):
 
     async def sample(self, call: SampleCall) -> SampleResponse:
         answer = await super().sample(call)
-        for live in self.world.backend._opened()[0].sync._live.values() if not self.scores_prompts else ():
+        for live in self.world.backend.served.opened()[0].sync._live.values() if not self.scores_prompts else ():
             live.tensors = frozenset()
         return answer
 
@@ -93,7 +93,7 @@ def test_scores_that_were_asked_for_come_although_the_reason_to_ask_the_trainer_
         sampler.world, world.sampler = world, sampler
         await world.start()
         await world.publish("s:sample:0")
-        (live,) = world.backend._opened()[0].sync._live.values()
+        (live,) = world.backend.served.opened()[0].sync._live.values()
         live.tensors = frozenset({"base_model.model.lm_head.lora_B.weight"})
         sampler.scores_prompts = False
         assert (await draw(world, include_prompt_logprobs=True)).prompt_logprobs is not None

@@ -98,3 +98,74 @@ def test_a_cancelled_caller_does_not_stop_the_work() -> None:
         assert log == [0, 1]
 
     asyncio.run(scenario())
+
+
+def test_it_goes_on_where_an_earlier_process_stopped(tmp_path):
+    del tmp_path
+
+    async def scenario() -> None:
+        ran: list[int] = []
+        sequencer = Sequencer.after(3, [5])
+
+        def operation(number):
+            async def run():
+                ran.append(number)
+                return number
+
+            return run
+
+        later = asyncio.create_task(sequencer.run(6, "six", operation(6)))
+        await asyncio.sleep(0)
+        assert sequencer.gap == [4]
+        assert await sequencer.run(4, "four", operation(4)) == 4
+        assert await later == 6
+        assert ran == [4, 6]
+        for done in (3, 5):
+            with pytest.raises(OrderError):
+                await sequencer.run(done, "again", operation(done))
+
+    asyncio.run(scenario())
+
+
+def test_what_runs_between_requests_runs_alone_and_knows_how_far_they_are():
+    async def scenario() -> None:
+        sequencer, inside, log = Sequencer(), asyncio.Event(), []
+
+        async def slow():
+            log.append("request begins")
+            await asyncio.sleep(0.01)
+            log.append("request ends")
+
+        async def between(last):
+            log.append(f"between, after {last}")
+            inside.set()
+            await asyncio.sleep(0.01)
+            log.append("between ends")
+
+        first = asyncio.create_task(sequencer.run(0, "0", slow))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        pause = asyncio.create_task(sequencer.between(between))
+        second = asyncio.create_task(sequencer.run(1, "1", slow))
+        await asyncio.gather(first, pause, second)
+        assert log == ["request begins", "request ends", "between, after 0", "between ends", "request begins", "request ends"]
+
+    asyncio.run(scenario())
+
+
+def test_a_number_that_will_not_come_is_passed_over_once_only():
+    async def scenario() -> None:
+        sequencer = Sequencer()
+
+        async def one():
+            return 1
+
+        waiting = asyncio.create_task(sequencer.run(2, "2", one))
+        await asyncio.sleep(0)
+        assert sequencer.gap == [0, 1]
+        sequencer.pass_over([0, 1, 2])  # 2 has come: it is not passed over
+        assert await waiting == 1
+        assert sequencer.gap == []
+        assert sequencer.next_seq_id == 3
+
+    asyncio.run(scenario())

@@ -204,7 +204,7 @@ def test_a_bfloat16_sampler_of_a_float32_trainer_is_judged_by_the_coarser_type(t
         world = World(tmp_path)
         world.sampler.info = replace(world.sampler.info, dtype="bfloat16")
         await world.start()
-        (served,) = world.backend._opened()
+        (served,) = world.backend.served.opened()
         assert served.sync.noise_nats == 0.05
 
     asyncio.run(scenario())

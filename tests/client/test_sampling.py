@@ -45,6 +45,7 @@ def test_every_argument_of_sample_reaches_the_backend(service: ServiceClient, ba
         "target_prompt_logprobs": target,
         "prompt_alt_tokens_k": 5,
         "prompt_logprobs_last_n": 1,
+        "record_stability_info": False,
     }
 
 

@@ -15,7 +15,8 @@ PTLAB = Path(__file__).parents[2] / "ptlab"
 LAYER_OF = {
     "values": ("errors", "types", "futures"),
     "pure": (
-        "losses", "loss_formulas", "model_info", "renderers", "rewards", "sandbox",
+        "losses", "loss_formulas", "loss_graph", "loss_graph_run", "loss_ops", "loss_table",
+        "model_info", "renderers", "rewards", "sandbox",
         "rl.advantages", "rl.diagnostics", "rl.seeds", "rl.types",
     ),
     "protocols": ("engines.protocols",),
@@ -28,7 +29,7 @@ LAYER_OF = {
     "recipes": ("recipes", "runlog", "report", "curves", "trackers", "provenance"),
     "quickstart": ("quickstart",),  # makes a model (engines) that knows a task (envs); only roots use it
     "benchmarks": ("benchmarks",),
-    "roots": ("local", "cli", "doctor", ""),
+    "roots": ("local", "cli", "doctor", "serve", "keys", "top", ""),
 }  # fmt: skip
 MAY_IMPORT = {
     "values": (),
@@ -37,7 +38,7 @@ MAY_IMPORT = {
     "engines": ("values", "pure", "protocols"),
     "backend": ("values", "pure", "protocols"),
     "client": ("values", "backend"),
-    "server": ("values", "backend"),
+    "server": ("values", "pure", "protocols", "backend"),
     "config": ("values", "pure"),
     "algorithms": ("values", "pure", "typing:client"),
     "recipes": ("values", "pure", "algorithms", "config", "typing:client"),
@@ -45,7 +46,17 @@ MAY_IMPORT = {
     "benchmarks": ("values", "pure", "protocols", "engines", "backend", "quickstart"),  # only scripts use it
     "roots": tuple(LAYER_OF),
 }
-HEAVY = {"transformers": ("engines",), "peft": ("engines",), "vllm": ("engines",), "datasets": ("algorithms",)}
+HEAVY = {
+    "transformers": ("engines",),
+    "peft": ("engines",),
+    "vllm": ("engines",),
+    "datasets": ("algorithms",),
+    "fastapi": ("server",),
+    "google": ("server",),  # protobuf
+    "zstandard": ("server",),
+    "uvicorn": ("server",),
+    "tinker": ("client",),
+}
 
 
 def layer_of(module: str) -> str:

@@ -142,7 +142,7 @@ def resident_bytes() -> int:
 def test_hundreds_of_versions_leave_nothing_behind(client: TrainingClient, connection: BackendConnection) -> None:
     """500 publishes, each sampled from once. Memory settles in the first hundred (host cache of adapters, allocator) and stays."""
     backend = connection.backend
-    (served,) = backend._opened()
+    (served,) = backend.served.opened()
     gc.collect()  # what earlier tests still hold
     before = len(served.sync.live_versions)
     sizes = []

@@ -83,14 +83,15 @@ def test_saved_bytes_are_what_autograd_saves(family: str, dtype: str, tiny_qwen3
     trainer = PeftTrainer(str(tiny_qwen3_dir if family == "qwen3" else tiny_llama_dir), name="tiny", dtype=dtype)
     trainer.create_adapter("m", LoraConfig(rank=rank, seed=0))
     base: Any = trainer._base
-    weights = {parameter.untyped_storage().data_ptr() for parameter in base.parameters()}
+    adapter = trainer._adapters["m"].weights
+    weights = {parameter.untyped_storage().data_ptr() for parameter in (*base.parameters(), *adapter.parameters.values())}
     kept: list[torch.Tensor] = []  # alive, so that no two tensors get one address
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         kept.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with trainer._layers.using(adapter), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         base.base_model(input_ids=torch.arange(tokens).reshape(2, -1), use_cache=False)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
     saved = sum(size for address, size in storages.items() if address not in weights)

@@ -59,6 +59,21 @@ def test_known_models_on_known_cards(shape: ModelShape, card_gb: int, mode: str,
     assert not plan.measured
 
 
+def test_what_others_hold_is_not_planned_with() -> None:
+    """A second model on the card: the same plan as on a card that is smaller by that much, but shares are of the whole card."""
+    load, trial = Workload.of(QWEN3_4B, 512), lambda batch: batch.tokens * 9_000_000
+    alone = plan_memory(card_bytes=80 * GB, shape=QWEN3_4B, workload=load, trial=trial)
+    taken = int(61 * GB * 0.97)
+    beside = plan_memory(card_bytes=141 * GB, shape=QWEN3_4B, workload=load, trial=trial, taken_bytes=taken)
+    assert (beside.mode, beside.micro_batch, beside.longest_tokens) == (alone.mode, alone.micro_batch, alone.longest_tokens)
+    assert abs(beside.kv_bytes - alone.kv_bytes) < GB
+    assert beside.gpu_memory_utilization == pytest.approx(beside.vllm_bytes / (141 * GB))
+    assert max(beside.sampling_bytes, beside.training_bytes) <= 141 * GB * 0.97
+    assert "of which others hold 59.2 GB" in str(beside) and "others" not in str(alone)
+    with pytest.raises(ConfigError, match=r"missing on a card of 141\.0 GB of which others hold 130\.0 GB"):
+        plan_memory(card_bytes=141 * GB, shape=QWEN3_4B, workload=load, trial=trial, taken_bytes=130 * GB)
+
+
 def test_the_parts_of_a_plan_by_hand() -> None:
     """Llama-3.1-8B on 141 GB, every term written out; sees a part counted twice or left out."""
     shape = LLAMA_8B

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ptlab.engines import lora as lora_files
 from ptlab.engines import peft_trainer
 from ptlab.engines.peft_trainer import PeftTrainer
 from ptlab.engines.protocols import AdapterRef, SampleCall
@@ -38,6 +37,9 @@ def model_dir(request: pytest.FixtureRequest) -> Path:
 
 def make(directory: Path, **kwargs: Any) -> PeftTrainer:
     return PeftTrainer(str(directory), name="tiny", device="cpu", **kwargs)
+
+
+PROMPT = [3, 1, 4, 1, 5, 9]
 
 
 def batch(seed: int = 0, lengths: Sequence[int] = (5, 12, 3, 9, 12), loss: str = "cross_entropy") -> list[Datum]:
@@ -102,7 +104,9 @@ def test_log_probabilities_and_gradients_equal_plain_peft(model_dir: Path, tmp_p
         total = total - (theirs_T * torch.from_numpy(datum.loss_fn_inputs["weights"].to_numpy())).sum()
     total.backward()
     assert output.metrics["loss:sum"] == pytest.approx(total.item(), rel=1e-5)
-    theirs = {name: p.grad for name, p in lora_files.adapter_parameters(plain, "default").items()}
+    theirs = {
+        name.removeprefix("base_model.model.").replace(".default.", "."): p.grad for name, p in plain.named_parameters() if ".lora_" in name
+    }
     assert theirs.keys() == gradients(trainer).keys()
     for name, grad in gradients(trainer).items():
         assert relative(grad, theirs[name]) < 1e-4, name
@@ -253,6 +257,131 @@ def test_adapters_on_one_base_do_not_touch_each_other(tiny_qwen3_dir: Path) -> N
     trainer.create_adapter("m", LoraConfig(rank=2))
 
 
+def of_other_tenants(trainer: PeftTrainer, version: AdapterRef, directory: Path) -> list[Callable[[], Any]]:
+    """What others may do between two micro-batches of "m". They need an adapter "old"."""
+    return [
+        lambda: trainer.score_prompt(scoring(version)).logprobs_T,
+        lambda: trainer.score_prompt(scoring(None)).logprobs_T,
+        lambda: trainer.compute_logprobs("m", PROMPT),
+        lambda: trainer.create_adapter("new", LoraConfig(rank=8, seed=3, train_unembed=False)),
+        lambda: trainer.forward_backward("new", batch(41), CROSS_ENTROPY),
+        lambda: trainer.optim_step("new", AdamParams(learning_rate=0.1)),
+        lambda: trainer.compute_logprobs("new", PROMPT),
+        lambda: trainer.remove_adapter("old"),
+        lambda: trainer.save_state("m", directory),
+        lambda: trainer.compute_logprobs(None, PROMPT),
+        lambda: trainer.forward("m", batch(42), CROSS_ENTROPY),
+    ]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_others_between_micro_batches_change_no_number(model_dir: Path, tmp_path: Path, checkpointing: bool) -> None:
+    alone, shared = (trained(model_dir, tokens_per_micro_batch=1, gradient_checkpointing=checkpointing) for _ in range(2))
+    alone.save_adapter("m", tmp_path)
+    data = batch(40, lengths=(5, 12, 3, 9, 12, 4, 4, 8, 2, 6, 7, 3))
+    answers: list[list[Any]] = []
+    outputs = []
+    for trainer in (alone, shared):
+        trainer.create_adapter("old", LoraConfig(rank=2, seed=5))
+        todo = of_other_tenants(trainer, AdapterRef(name="v", version=2, path=tmp_path), tmp_path)
+        answers.append([])
+        if trainer is shared:
+            trainer.between_micro_batches = lambda todo=todo: answers[-1].append(todo.pop(0)())  # type: ignore[misc]
+        outputs.append(trainer.forward_backward("m", data, CROSS_ENTROPY))
+        if trainer is alone:
+            answers[-1] += [work() for work in todo]
+    assert len(answers[1]) == len(data) - 1, "once between two micro-batches, never inside another pass"
+    assert outputs[0].metrics == outputs[1].metrics
+    for a, b in zip(logprobs(outputs[0]), logprobs(outputs[1]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert any(g.any() for g in gradients(alone).values())
+    for model_id in ("m", "new"):
+        assert all(torch.equal(g, gradients(shared, model_id)[n]) for n, g in gradients(alone, model_id).items())
+        assert all(torch.equal(w, weights(shared, model_id)[n]) for n, w in weights(alone, model_id).items())
+    for mine, theirs in zip(*answers, strict=True):  # and the others were answered rightly
+        if isinstance(mine, list | np.ndarray):
+            np.testing.assert_array_equal(np.array(mine, dtype=np.float64), np.array(theirs, dtype=np.float64))
+
+
+def test_the_model_in_the_pass_cannot_be_changed_and_a_failing_hook_accumulates_nothing(tiny_qwen3_dir: Path, tmp_path: Path) -> None:
+    trainer = trained(tiny_qwen3_dir, tokens_per_micro_batch=1)
+    trainer.save_state("m", tmp_path)
+    trainer.forward_backward("m", batch(42), CROSS_ENTROPY)
+    before = {n: g.clone() for n, g in gradients(trainer).items()}
+    for change in (
+        lambda: trainer.optim_step("m", AdamParams()),
+        lambda: trainer.load_state("m", tmp_path, with_optimizer=True),
+        lambda: trainer.remove_adapter("m"),
+        lambda: trainer.forward_backward("m", batch(43), CROSS_ENTROPY),
+    ):
+        trainer.between_micro_batches = change  # type: ignore[assignment]
+        with pytest.raises(EngineError, match="'m' between two micro-batches of its own pass"):
+            trainer.forward_backward("m", batch(42), CROSS_ENTROPY)
+        assert all(torch.equal(g, before[n]) for n, g in gradients(trainer).items())
+    trainer.between_micro_batches = lambda: trainer.forward("m", batch(43), CROSS_ENTROPY) and None  # reading is fine
+    trainer.forward_backward("m", batch(42), CROSS_ENTROPY)
+    trainer.optim_step("m", AdamParams())
+
+
+KINDS: list[dict[str, Any]] = [
+    {"rank": 2},
+    {"rank": 8, "train_unembed": False},
+    {"rank": 4, "train_mlp": False, "train_unembed": False},
+    {"rank": 16, "train_attn": False},
+    {"rank": 1, "train_attn": False, "train_mlp": False},
+    {"rank": 4},
+    {"rank": 32, "train_attn": False, "train_unembed": False},
+    {"rank": 3, "train_mlp": False},
+]
+
+
+def test_eight_tenants_train_as_if_each_were_alone(model_dir: Path, tmp_path: Path) -> None:
+    def step(trainer: PeftTrainer, model_id: str, kind: int, count: int) -> None:
+        loss = ["cross_entropy", "importance_sampling"][kind % 2]
+        trainer.forward_backward(model_id, batch(100 * kind + count, loss=loss), resolve_loss(loss))
+        adam = AdamParams(learning_rate=0.01 * (1 + kind), beta1=0.8, weight_decay=0.01 * kind, grad_clip_norm=float(kind % 3))
+        trainer.optim_step(model_id, adam)
+
+    shared = make(model_dir, tokens_per_micro_batch=24)
+    for kind, lora in enumerate(KINDS):
+        shared.create_adapter(f"t{kind}", LoraConfig(seed=kind, **lora))
+    for count in range(3):
+        for kind in range(len(KINDS)):
+            step(shared, f"t{kind}", kind, count)
+        shared.create_adapter(f"passing{count}", LoraConfig(rank=8, seed=9))  # comes, trains and goes
+        step(shared, f"passing{count}", 0, 7)
+        shared.score_prompt(scoring(None))
+        if count:
+            shared.remove_adapter(f"passing{count - 1}")
+        (tmp_path / f"{count}").mkdir()  # one tenant is parked and comes back
+        shared.save_state("t3", tmp_path / f"{count}")
+        shared.remove_adapter("t3")
+        shared.create_adapter("t3", LoraConfig(seed=99, **KINDS[3]))
+        shared.load_state("t3", tmp_path / f"{count}", with_optimizer=True)
+    for kind, lora in enumerate(KINDS):
+        alone = make(model_dir, tokens_per_micro_batch=24)
+        alone.create_adapter("alone", LoraConfig(seed=kind, **lora))
+        first = weights(alone, "alone")
+        for count in range(3):
+            step(alone, "alone", kind, count)
+        ours, theirs = weights(shared, f"t{kind}"), weights(alone, "alone")
+        assert all(torch.equal(w, theirs[n]) for n, w in ours.items()), KINDS[kind]  # to the last bit
+        assert any(not torch.equal(w, first[n]) for n, w in ours.items())
+        assert shared.compute_logprobs(f"t{kind}", PROMPT) == alone.compute_logprobs("alone", PROMPT)
+
+
+def test_the_work_of_choosing_an_adapter_does_not_grow_with_their_number(tiny_qwen3_dir: Path) -> None:
+    trainer = trained(tiny_qwen3_dir)
+
+    def modules_and_parameters() -> tuple[int, int]:
+        return sum(1 for _ in trainer._base.modules()), sum(1 for _ in trainer._base.parameters())
+
+    before = modules_and_parameters()
+    for count in range(12):
+        trainer.create_adapter(f"other{count}", LoraConfig(rank=4))
+    assert modules_and_parameters() == before  # what a call walks over
+
+
 def test_several_targets_per_position(tiny_qwen3_dir: Path) -> None:
     trainer = trained(tiny_qwen3_dir)
     rng = np.random.default_rng(0)
@@ -354,7 +483,7 @@ def test_a_rank_or_flags_that_cannot_work_are_refused(tiny_qwen3_dir: Path) -> N
 
 def scoring(adapter: AdapterRef | None) -> SampleCall:
     return SampleCall(
-        prompt=ModelInput.from_ints([3, 1, 4, 1, 5, 9]),
+        prompt=ModelInput.from_ints(PROMPT),
         num_samples=1,
         params=SamplingParams(max_tokens=1, seed=7),
         adapter=adapter,
@@ -369,7 +498,7 @@ def test_a_prompt_is_scored_under_a_saved_version_whatever_is_being_trained(mode
     trainer = trained(model_dir)
     trainer.save_adapter("m", tmp_path)
     ref = AdapterRef(name="v", version=2, path=tmp_path)
-    saved, base = (trainer.compute_logprobs(model_id, [3, 1, 4, 1, 5, 9]) for model_id in ("m", None))
+    saved, base = (trainer.compute_logprobs(model_id, PROMPT) for model_id in ("m", None))
     trainer.forward_backward("m", batch(30), CROSS_ENTROPY)
     trainer.optim_step("m", AdamParams(learning_rate=0.05))
     trainer.forward_backward("m", batch(31), CROSS_ENTROPY)

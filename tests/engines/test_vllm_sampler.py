@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("vllm", reason="vLLM is not installed (extras: cpu, vllm)", exc_type=ImportError)
 
 from ptlab.engines.protocols import AdapterRef, SampleCall
-from ptlab.engines.vllm_sampler import VllmSampler, cpu_kv_cache, draw_seed, lora_rank_limit
+from ptlab.engines.vllm_sampler import VllmSampler, cpu_kv_cache, draw_seed, lora_rank_limit, lora_slots
 from ptlab.errors import CheckpointError, ConfigError, EngineError, EngineLostError, InvalidRequestError, NotServedError
 from ptlab.types import ModelInput, SampleResponse, SamplingParams, TensorData
 
@@ -244,21 +244,37 @@ def test_adapters_that_can_never_work_are_refused_by_name(
     assert len(run(sampler, call())[0].sequences[0].tokens) == 12  # and the engine is well
 
 
-def test_a_model_without_lora_on_the_head_says_so(tmp_path: Path, write_adapter: Callable[..., Path], tiny_qwen3_dir: Path) -> None:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+@pytest.mark.parametrize("family", ["Qwen2", "Gemma3", "Mistral"])  # Qwen2 is also the class of Qwen2.5
+def test_a_model_without_lora_on_the_head_says_so_and_serves_the_rest(
+    family: str, tmp_path: Path, write_adapter: Callable[..., Path], tiny_qwen3_dir: Path
+) -> None:
+    import transformers
 
-    shape = dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
-    Qwen2ForCausalLM(Qwen2Config(**shape, max_position_embeddings=256)).save_pretrained(tmp_path / "qwen2")
+    config = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
+    shape = dict(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    other = dict(head_dim=32, max_position_embeddings=256, initializer_range=0.2, eos_token_id=0, pad_token_id=0)
+    torch.manual_seed(0)
+    model_dir = tmp_path / family
+    getattr(transformers, f"{family}ForCausalLM")(config(**shape, **other)).save_pretrained(model_dir)
     for file in tiny_qwen3_dir.glob("tokenizer*"):
-        shutil.copy(file, tmp_path / "qwen2")
-    qwen2 = VllmSampler(str(tmp_path / "qwen2"))
+        shutil.copy(file, model_dir)
+    sampler = VllmSampler(str(model_dir))
     try:
-        assert not qwen2.capabilities.lora_on_head
-        head = AdapterRef(name="head", version=0, path=write_adapter(tmp_path / "qwen2", tmp_path / "head", targets=["q_proj", "lm_head"]))
-        with pytest.raises(InvalidRequestError, match=r"lm_head.*qwen2.*train_unembed=False"):
-            load(qwen2, head)
+        assert not sampler.capabilities.lora_on_head
+        head = AdapterRef(name="head", version=0, path=write_adapter(model_dir, tmp_path / "head", targets=["q_proj", "lm_head"]))
+        with pytest.raises(InvalidRequestError, match=r"lm_head.*train_unembed=False"):
+            load(sampler, head)
+        body = AdapterRef(name="body", version=1, path=write_adapter(model_dir, tmp_path / "body", targets=LINEAR, rank=8))
+        load(sampler, body)
+        for adapter in (None, body):
+            (got,) = run(sampler, call(adapter=adapter, include_prompt_logprobs=True))
+            assert got.prompt_logprobs is not None
+            have = np.array([*got.prompt_logprobs[1:], *(got.sequences[0].logprobs or [])])
+            want = peft_logprobs(model_dir, adapter, PROMPT + got.sequences[0].tokens)
+            np.testing.assert_allclose(have, want, atol=NATS)
+            assert adapter is None or np.abs(want - peft_logprobs(model_dir, None, PROMPT + got.sequences[0].tokens)).max() > 0.05
     finally:
-        asyncio.run(qwen2.close())
+        asyncio.run(sampler.close())
 
 
 # -- the life of the engine
@@ -312,7 +328,7 @@ def test_two_engines_share_a_process_and_closing_one_leaves_the_other(sampler: V
     threads = set(threading.enumerate())
     torch.manual_seed(7)
     state = torch.get_rng_state()
-    second = VllmSampler(str(model_dir))
+    second = VllmSampler(str(model_dir))  # another base model beside it: test_vllm_child.py
 
     async def both() -> list[list[SampleResponse]]:
         return [list(await asyncio.gather(*(s.sample(call(n=4, seed=i, max_tokens=60)) for i in range(4) for s in (sampler, second))))]
@@ -445,6 +461,24 @@ def test_the_rank_limit_is_one_that_vllm_accepts() -> None:
     assert [lora_rank_limit(rank) for rank in (1, 2, 8, 9, 32, 33, 200)] == [1, 8, 8, 16, 32, 64, 256]
     with pytest.raises(InvalidRequestError, match="512"):
         lora_rank_limit(513)
+
+
+def test_there_are_as_many_adapter_slots_as_little_memory_holds(model_dir: Path) -> None:
+    from transformers import AutoConfig, Qwen3Config
+
+    assert lora_slots(AutoConfig.from_pretrained(model_dir), torch.float32, 32) == 32
+    small = Qwen3Config(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8)
+    # 28 layers of 7 matrices, and vocab_size 151936 on the head and the embeddings: 12.9 M numbers at rank 8, half the bytes in bfloat16
+    assert lora_slots(small, torch.float32, 8) == 2**28 // (4 * lora_numbers(small, 8)) > 4
+    assert lora_slots(small, torch.bfloat16, 8) == 2**28 // (2 * lora_numbers(small, 8))
+    assert lora_slots(small, torch.float32, 64) == 4
+
+
+def lora_numbers(config: Any, rank: int) -> int:
+    """By hand: rank x (inputs + outputs) of each matrix."""
+    hidden, inner, query, kv = 1024, 3072, 16 * config.head_dim, 8 * config.head_dim
+    layer = (hidden + query) * 2 + (hidden + kv) * 2 + (hidden + inner) * 3
+    return rank * (28 * layer + 2 * (hidden + 151936))
 
 
 def test_the_kv_cache_holds_one_context_and_no_more_than_is_sensible(monkeypatch: pytest.MonkeyPatch) -> None:
