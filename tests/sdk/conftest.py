@@ -10,10 +10,6 @@ import pytest
 from tests.sdk import harness
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "sdk: runs the official SDKs in their own venvs (scripts/setup_sdk_venvs.sh); skipped without them")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = harness.missing_venvs()
     for item in items:
