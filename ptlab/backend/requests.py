@@ -37,6 +37,8 @@ class Request:
     body: bytes
     model_id: str | None = None
     """Set for requests that a model runs in order, and replays after a crash."""
+    at_once: bool = False
+    """It changes nothing, so it may run before the disk has it (its answer waits for that)."""
     identity: bytes = b""
     """What tells it from another request under the same number; empty = the body. The SDK's retries may differ in a field or two."""
     decoded: Any = field(default=None, compare=False, repr=False)
@@ -68,6 +70,8 @@ class _Live:
     """A request of this process, until its answer is in the store and was fetched."""
 
     request: Request
+    accepted: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set once the request is in the store; nothing is stored of its answer before."""
     done: asyncio.Event = field(default_factory=asyncio.Event)
     answer: Answer | None = None
     task: asyncio.Task[None] | None = None
@@ -118,8 +122,7 @@ class Requests:
         """Go on with what an earlier process accepted and did not answer."""
         rows = await self._store.pending()
         for row in rows:
-            assert row.body is not None  # a pending request keeps its body
-            self._start(Request(kind=row.kind, scope=row.scope, seq_id=row.seq_id, owner=row.owner, body=row.body, model_id=row.model_id))
+            self._take_up(row)
         if rows:
             logger.warning("going on with %d requests that were accepted before the last stop", len(rows))
 
@@ -136,9 +139,13 @@ class Requests:
 
         Raises: BusyError if too much is waiting; OrderError if its number was used for another request.
         """
+        early = None
         if request.request_id not in self._live:
             self._refuse_if_far(request)
             self._refuse_if_full(request)
+            if request.at_once:
+                early = self._start(request)
+        digest = body_digest(request.identity or request.body)
         self._count(request, +1)
         try:
             row = await self._store.accept(
@@ -150,20 +157,33 @@ class Requests:
                     owner=request.owner,
                     model_id=request.model_id,
                     body=request.body,
-                    body_sha256=body_digest(request.identity or request.body),
+                    body_sha256=digest,
                     created=time.time(),
                 )
             )
+        except BaseException:
+            self._abandon(early)
+            raise
         finally:
             self._count(request, -1)
-        if (row.request_id, row.body_sha256) != (request.request_id, body_digest(request.identity or request.body)):
+        is_same = (row.request_id, row.body_sha256) == (request.request_id, digest)
+        if not is_same or row.state != "pending":  # its number was used, or it came before and has its answer
+            self._abandon(early)
+        if not is_same:
             raise OrderError(
                 f"number {request.seq_id} of {request.scope} was used before, for a {row.kind} request with another content; "
                 f"every request needs a number of its own"
             )
-        if row.state == "pending" and request.request_id not in self._live:  # two copies may have come at once
-            self._start(request)
+        if row.state == "pending":
+            live = self._live.get(request.request_id) or self._start(request)  # two copies may have come at once
+            live.accepted.set()
         return request.request_id
+
+    def _abandon(self, live: _Live | None) -> None:
+        """Forget a request that was started before the store had it, and will not have it."""
+        if live is not None and live.task is not None:
+            self._live.pop(live.request.request_id, None)
+            live.task.cancel()
 
     def _refuse_if_far(self, request: Request) -> None:
         """A number that the numbers before it can hardly reach is a mistake, and its gap would be dear to keep."""
@@ -190,17 +210,25 @@ class Requests:
         self._pending[request.owner] += change
         self._pending_bytes += change * len(request.body)
 
-    def _start(self, request: Request) -> None:
+    def _start(self, request: Request) -> _Live:
         live = self._live[request.request_id] = _Live(request)
         self._count(request, +1)
         live.task = asyncio.create_task(self._run(live))
         self._tasks.add(live.task)
         live.task.add_done_callback(self._tasks.discard)
+        return live
+
+    def _take_up(self, row: RequestRow) -> None:
+        """Start a stored request (again)."""
+        assert row.body is not None  # a pending request keeps its body
+        request = Request(kind=row.kind, scope=row.scope, seq_id=row.seq_id, owner=row.owner, body=row.body, model_id=row.model_id)
+        self._start(request).accepted.set()
 
     async def _run(self, live: _Live) -> None:
         request, began = live.request, time.perf_counter()
         try:
             answer = await self._answer(live)
+            await live.accepted.wait()
             if request.model_id in self._backend.models.by_id:  # one that failed before its turn must not be waited for
                 self._backend.models.get(request.model_id).sequencer.pass_over([request.seq_id])
             seconds = time.perf_counter() - began
@@ -263,10 +291,8 @@ class Requests:
         if row is None or row.owner != owner:
             raise NotFoundError(f"no request {request_id!r}")
         if row.state == "pending":
-            if request_id not in self._live and not self._closing and row.body is not None:
-                self._start(
-                    Request(kind=row.kind, scope=row.scope, seq_id=row.seq_id, owner=row.owner, body=row.body, model_id=row.model_id)
-                )
+            if request_id not in self._live and not self._closing:
+                self._take_up(row)
             return None
         if row.answer is None or row.answer_kind is None:
             raise GoneError(f"the answer of request {request_id} is no longer kept; it was ready at {row.finished:.0f} (unix time)")

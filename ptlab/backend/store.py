@@ -300,7 +300,8 @@ class Store:
     # Custom losses
 
     async def add_loss(self, row: LossRow) -> None:
-        await self._database.write("add_loss", lambda connection: LOSSES.insert(connection, row))
+        """One that is there already is replaced: its upload was run again after a restart."""
+        await self._database.write("add_loss", lambda connection: LOSSES.insert(connection, row, replace=True))
 
     async def loss(self, loss_id: str) -> LossRow | None:
         return await self._database.read("loss", lambda connection: LOSSES.get(connection, loss_id))

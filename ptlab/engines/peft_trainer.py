@@ -92,6 +92,7 @@ class PeftTrainer:
         self._in_pass: str | None = None  # the model whose forward or forward_backward is under way
         self.set_micro_batch(tokens_per_micro_batch, checkpoint=gradient_checkpointing)
         self._check_head()
+        torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # the first one imports torch._dynamo: seconds, not at a client's cost
 
     @property
     def tokens_per_micro_batch(self) -> int:

@@ -128,8 +128,9 @@ class World:
 
     async def post(self, kind: str, scope: str, seq_id: int, owner: str = "local", **body: Any) -> str:
         model_id = scope if ":train:" in scope else None
+        content = json.dumps(body).encode()
         return await self.requests.accept(
-            Request(kind=kind, scope=scope, seq_id=seq_id, owner=owner, body=json.dumps(body).encode(), model_id=model_id)
+            Request(kind=kind, scope=scope, seq_id=seq_id, owner=owner, body=content, model_id=model_id, at_once=kind == "sample")
         )
 
     async def answer(self, request_id: str) -> Any:
@@ -433,6 +434,42 @@ def test_cancelling_ends_a_sample_and_leaves_a_model_in_order(tmp_path: Path) ->
         assert await world.requests.wait(sample, "local", 0.05) is None
         await world.requests.cancel(sample, "local")
         assert "cancelled" in (await world.answer(sample))["error"]
+
+    run(tmp_path, scenario)
+
+
+def test_a_draw_that_begins_before_it_is_stored_is_the_same_request_when_it_comes_again(tmp_path: Path) -> None:
+    async def scenario(world: World) -> None:
+        session_id = await world.backend.create_session()
+        sampler = f"{session_id}:sample:0"
+        await world.backend.sampling.create_sampling_session(sampling_session_id=sampler, base_model="m")
+        drawn: list[int] = []
+        sample = world._sample
+
+        async def counting(request: Request, body: Any) -> Any:
+            drawn.append(request.seq_id)
+            return await sample(request, body)
+
+        world._sample = counting  # type: ignore[method-assign]
+        ids = await asyncio.gather(*(world.post("sample", sampler, 0, seed=None) for _ in range(4)))
+        first = await world.answer(ids[0])
+        assert len(set(ids)) == 1 and drawn == [0]
+        await world.requests.fetched(ids[0])
+        assert await world.post("sample", sampler, 0, seed=None) == ids[0]  # begun again, and given up: it has its answer
+        await asyncio.sleep(0.05)
+        assert await world.answer(ids[0]) == first
+        with pytest.raises(OrderError):
+            await world.post("sample", sampler, 0, seed=7)
+        assert await world.answer(ids[0]) == first
+
+        async def refusing(row: Any) -> Any:
+            raise StoreError("the disk is full")
+
+        world.store.accept = refusing  # type: ignore[method-assign]
+        with pytest.raises(StoreError):
+            await world.post("sample", sampler, 1, seed=1)
+        with pytest.raises(NotFoundError):
+            await world.answer(f"{sampler}:sample:1")
 
     run(tmp_path, scenario)
 

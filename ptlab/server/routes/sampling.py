@@ -49,7 +49,15 @@ async def asample(request: Request, here: Here, owner: Owner) -> Response:
     _check_size(body, here.settings)
     await here.access.check_sampler(owner, body.sampling_session_id)
     request_id = await here.requests.accept(
-        requests.Request(kind="sample", scope=body.sampling_session_id, seq_id=body.seq_id, owner=owner, body=content, decoded=body)
+        requests.Request(
+            kind="sample",
+            scope=body.sampling_session_id,
+            seq_id=body.seq_id,
+            owner=owner,
+            body=content,
+            at_once=not body.record_stability_info,  # what goes on record is drawn once only
+            decoded=body,
+        )
     )
     return answer({"request_id": request_id, "sample_sequence_ids": sequence_ids(body)})
 
