@@ -262,6 +262,8 @@ async def _answer(served: ServedModel, call: SampleCall) -> SampleResponse:
     if served.scores_prompt_of(call):  # asked once: versions come and go while the sampler works
         return await _sample(served, call)
     drawn = await _sample(served, without_prompt_scores(call))
+    if call.adapter is not None and not call.adapter.path.exists():  # the sampler holds the weights still, but no longer the disk
+        raise NotFoundError(f"the weights of {call.adapter.name} were deleted; the trainer cannot score a prompt under them")
     scores = await served.run_in_trainer(lambda: served.engines.trainer.score_prompt(call), urgent=True)
     return replace(
         drawn,

@@ -15,7 +15,7 @@ from tests.cookbook.serving import Server
 REPOSITORY = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("PTLAB_COOKBOOK_VENV", REPOSITORY / ".venv-cookbook")) / "bin/python"
 DATA = REPOSITORY / "../shared/data"
-IN_CI = ("rl_loop", "math_rl_ppo", "math_rl_resume")
+IN_CI = ("rl_loop", "math_rl_ppo")
 
 needs_cookbook = pytest.mark.skipif(
     not PYTHON.exists(), reason=f"{PYTHON} is not there: scripts/setup_cookbook_venv.sh makes it (PTLAB_COOKBOOK_VENV names another)"
