@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
-"""Logits alive at once, by device: 16 MiB and 64 MiB in float32. Blocks above 32 MiB glibc takes fresh from the kernel each time, and a
-page fault for every 4 KiB of the ~15 tensors per chunk was half of the trainer's CPU time at a vocabulary of 151,936 (docs/LOG.md)."""
+CHUNK_ELEMENTS = 2**24
+"""Logits alive at once: 64 MiB in float32. On the CPU smaller chunks cost fewer page faults, but glibc then keeps twice the memory
+(docs/LOG.md)."""
 
 Head = Callable[[Tensor], Tensor]
 
@@ -56,13 +56,13 @@ def _chunk_logprobs(head: Head, hidden_CH: Tensor, targets_CK: Tensor) -> Tensor
     return logits_CV.gather(1, targets_CK) - logits_CV.logsumexp(dim=1, keepdim=True)
 
 
-def token_logprobs(head: Head, hidden_TH: Tensor, targets_TK: Tensor, vocab_size: int, chunk_elements: int | None = None) -> Tensor:
+def token_logprobs(head: Head, hidden_TH: Tensor, targets_TK: Tensor, vocab_size: int, chunk_elements: int = CHUNK_ELEMENTS) -> Tensor:
     """log softmax(head(hidden))[target] at temperature 1, in nats.
 
     Shapes: hidden_TH in the compute type, targets_TK int64, result [T, K] float32 with gradient to the hidden states and to the
     head's own trainable weights when grad mode is on.
     """
-    chunk = max(1, (chunk_elements or CHUNK_ELEMENTS[hidden_TH.device.type]) // vocab_size)
+    chunk = max(1, chunk_elements // vocab_size)
     parts = []
     for start in range(0, hidden_TH.shape[0], chunk):
         hidden_CH, targets_CK = hidden_TH[start : start + chunk], targets_TK[start : start + chunk]

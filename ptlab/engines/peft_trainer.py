@@ -258,7 +258,7 @@ class PeftTrainer:
         tokens = check_call(call, self.info).tokens
         seed = secrets.randbits(63) if call.params.seed is None else call.params.seed & SEED_MASK
         scorer = PromptScorer(call, tokens, seed, self._device)
-        chunk = max(1, CHUNK_ELEMENTS[self._device.type] // self.info.vocab_size)
+        chunk = max(1, CHUNK_ELEMENTS // self.info.vocab_size)
 
         with self._layers.using(None if call.adapter is None else self._version(call.adapter)), torch.no_grad():
             ids_BL = torch.tensor([tokens], device=self._device)
