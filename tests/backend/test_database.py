@@ -311,9 +311,11 @@ def test_a_second_process_is_refused_with_the_pid_of_the_first(tmp_path: Path) -
             asyncio.run(guest.write("insert", insert("guest")))
         with pytest.raises(ConfigError, match="schema version 1, this ptlab has version 2"):
             Database.open(path, (*MIGRATIONS, ("CREATE TABLE more (x)",)), beside_owner=True)
-        threading.Timer(0.3, lambda: holder.communicate(b"\n")).start()
+        ending = threading.Timer(0.3, lambda: holder.communicate(b"\n"))
+        ending.start()
         with opened(path, lock_wait_s=20) as successor:  # waits until the first has ended
             assert asyncio.run(successor.read("names", names)) == ["guest"]
+        ending.join()  # it reads from pipes that are closed below
     finally:
         holder.kill()
         holder.wait()
