@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from ptlab.backend.checkpoints import CheckpointPath, Checkpoints, Manifest
@@ -86,14 +87,13 @@ class Models:
         self, session: Session, model_seq_id: int, path: str, with_optimizer: bool, base_model: str | None, user_metadata: Any
     ) -> str:
         async def make(model: Model) -> None:
-            manifest = await self.readable_state(path, with_optimizer)
+            manifest, directory = await self.readable_state(path, with_optimizer)
             if base_model is not None and base_model != manifest.base_model:
                 raise CheckpointError(
                     f"{path} was trained on {manifest.base_model}, not on {base_model}; leave base_model out or name that one"
                 )
             served = await self.serve(manifest.base_model)
             served.servable(manifest.lora, "auto", self.max_lora_rank)
-            directory = self.checkpoints.directory(CheckpointPath.parse(path))
 
             def load() -> None:
                 served.engines.trainer.create_adapter(model.model_id, manifest.lora)
@@ -157,7 +157,7 @@ class Models:
     async def restore(self, row: ModelRow, session: Session) -> None:
         """A model of an earlier process: parked, its next number known."""
         snapshot_seq_id = await asyncio.to_thread(self.parking.newest_seq_id, row.model_id)
-        finished = [request.seq_id for request in await self.store.journal(row.model_id, snapshot_seq_id) if request.state != "pending"]
+        finished = await self.store.finished_seq_ids(row.model_id, snapshot_seq_id)
         model = Model(row.model_id, row.base_model, LoraConfig.model_validate(row.lora), row.owner, restored=True)
         model.sequencer = Sequencer.after(snapshot_seq_id, finished)
         model.step = row.step
@@ -213,30 +213,29 @@ class Models:
         return response
 
     async def run_load_state(self, model: Model, served: ServedModel, seq_id: int, path: str, with_optimizer: bool) -> LoadWeightsResponse:
-        manifest = await self.readable_state(path, with_optimizer)
+        manifest, directory = await self.readable_state(path, with_optimizer)
         ours = (model.base_model, model.lora.model_copy(update={"seed": None}))
         theirs = (manifest.base_model, manifest.lora.model_copy(update={"seed": None}))
         if ours != theirs:
             raise CheckpointError(f"{path} holds an adapter for {theirs[0]} ({theirs[1]}), this model is {ours[0]} ({ours[1]})")
-        directory = self.checkpoints.directory(CheckpointPath.parse(path))
         await served.run_in_trainer(lambda: served.engines.trainer.load_state(model.model_id, directory, with_optimizer=with_optimizer))
         model.step = manifest.step
         if self.durable:  # loading twice is harmless; what the path holds may change
             await self._snapshot(model, served, seq_id - 1)
         return LoadWeightsResponse(path=path, model_id=model.model_id, type="load_weights")
 
-    async def readable_state(self, path: str, with_optimizer: bool) -> Manifest:
-        """Raises: InvalidRequestError, NotFoundError, CheckpointError if it cannot be trained on from there."""
+    async def readable_state(self, path: str, with_optimizer: bool) -> tuple[Manifest, Path]:
+        """Manifest and directory. Raises: InvalidRequestError, NotFoundError, CheckpointError if it cannot be trained on from there."""
         parsed = CheckpointPath.parse(path)
         if with_optimizer and parsed.kind != "weights":
             raise InvalidRequestError(
                 f"{path} holds weights without optimizer state; use a path from save_state, or load the weights alone"
             )
-        manifest, _ = await asyncio.to_thread(self.checkpoints.read, parsed)
+        manifest, directory = await asyncio.to_thread(self.checkpoints.read, parsed)
         if manifest.alpha != lora_alpha(manifest.lora.rank):
             ours = lora_alpha(manifest.lora.rank)
             raise CheckpointError(f"{path} was trained with LoRA alpha {manifest.alpha}, this ptlab uses {ours}; it cannot go on")
-        return manifest
+        return manifest, directory
 
     # -- memory and disk
 

@@ -235,6 +235,13 @@ class Store:
         clause = "WHERE model_id = ? AND seq_id > ? ORDER BY seq_id, number"
         return await self._database.read("journal", lambda connection: REQUESTS.select(connection, clause, [model_id, after_seq]))
 
+    async def finished_seq_ids(self, model_id: str, after_seq: int) -> list[int]:
+        """Numbers of the journal that have an answer: what a start needs of it, without reading bodies and answers."""
+        query = "SELECT seq_id FROM requests WHERE model_id = ? AND seq_id > ? AND state <> 'pending' ORDER BY seq_id"
+        return await self._database.read(
+            "finished_seq_ids", lambda connection: [row[0] for row in connection.execute(query, [model_id, after_seq])]
+        )
+
     async def drop_bodies(self, model_id: str, up_to_seq: int) -> None:
         """No replay goes back before `up_to_seq` (inclusive) any more. Bodies of pending requests stay."""
 

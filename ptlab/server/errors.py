@@ -6,7 +6,6 @@ Two codes are never used: 409, which the SDK repeats for minutes, and 422. A las
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -79,11 +78,6 @@ def refusal(path: str, status: int, message: str, category: str, headers: Mappin
         kind = "invalid_request_error" if status < 500 else "server_error"
         body = {"error": {"message": message, "type": kind, "param": None, "code": None}}
     return JSONResponse(body, status, dict(headers or {}))
-
-
-def failure_payload(error: PtlabError) -> bytes:
-    """What retrieve_future answers, with status 200, for a request that failed."""
-    return json.dumps({"error": error.message, "category": error.category}).encode()
 
 
 def sentence(errors: Sequence[Any]) -> str:
