@@ -11,11 +11,12 @@ export OMP_NUM_THREADS ?= 1
 SAMPLER = $(shell ls -d $(VENV)/lib/python3*/site-packages/vllm >/dev/null 2>&1 || echo --set engines.sampler.kind=torch)
 SETUP  := $(VENV)/.setup$(if $(filter 0,$(WITH_VLLM)),-without-vllm)
 
-.PHONY: help setup quickstart test test-sdk test-cookbook lint types ci clean
+.PHONY: help setup quickstart smoke test test-sdk test-cookbook lint types ci clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   train the quickstart model (about two minutes on a CPU)"
+	@echo "make smoke        train every recipe of configs/smoke and check what each claims to learn (about half an hour)"
 	@echo "make test         run the tests"
 	@echo "make test-sdk     run the official SDKs 0.38.0 and 0.25.0 against ptlab serve, and check docs/compatibility.md"
 	@echo "make test-cookbook  run recipes of the Tinker cookbook against ptlab serve"
@@ -37,6 +38,9 @@ setup: $(SETUP)
 
 quickstart: $(SETUP)
 	$(BIN)/python scripts/train.py --config configs/quickstart.yaml $(SAMPLER) $(if $(findstring --resume,$(ARGS)),,--overwrite) $(ARGS)
+
+smoke: $(SETUP)
+	$(BIN)/python scripts/smoke.py $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)

@@ -1,4 +1,4 @@
-"""`ptlab train | serve | keys | top | doctor`. scripts/train.py is the first of them.
+"""`ptlab train | eval | serve | keys | top | doctor`. scripts/train.py is the first of them.
 
 Exit codes: 0 done; 2 the user's mistake, one sentence on stderr; 130 Ctrl-C, after a valid checkpoint; 1 anything of ptlab's own that
 failed (set PTLAB_TRACEBACK=1 to see where).
@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 
-from ptlab.config import config_warnings, load_config
+from ptlab.config import load_config
 from ptlab.errors import ConfigError, PtlabError
 
 EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
@@ -23,6 +23,7 @@ EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
 
 COMMANDS = {
     "train": "run a recipe from a config file",
+    "eval": "measure a model or checkpoint on a config's held-out problems",
     "serve": "serve the Tinker API to the official SDK",
     "keys": "API keys of a server",
     "top": "sessions, queues and speed of a running server",
@@ -53,6 +54,11 @@ def _command(name: str, parsers: Mapping[str, argparse.ArgumentParser]) -> Calla
 
             serve.add_serve_arguments(parsers[name])
             run = serve.run
+        case "eval":
+            from ptlab import evaluate
+
+            evaluate.add_arguments(parsers[name])
+            run = evaluate.main
         case "keys":
             from ptlab import keys
 
@@ -98,16 +104,16 @@ def train(args: argparse.Namespace) -> int:
     """Load the config, open the run directory and the engines, run the recipe."""
     overrides = [*args.set, *([f"name={json.dumps(args.name)}"] if args.name is not None else [])]
     config = load_config(args.config, overrides)
-    for warning in config_warnings(config):
+    for warning in config.warnings():
         print(f"warning: {warning}", file=sys.stderr)
     from ptlab.runlog import RunLog  # what is imported from here on takes seconds; a mistake in the config is told before
 
     with RunLog.open(config, resume=args.resume, overwrite=args.overwrite) as log:
         from ptlab import local
-        from ptlab.recipes import rl
+        from ptlab.recipes import table
 
         with local.open_remote(config, args.base_url) if args.base_url else local.open_service(config) as service:
-            result = asyncio.run(rl.run(config, service.client, log, side_metrics=service.metrics.take))
+            result = asyncio.run(table.run(config, service.client, log, side_metrics=service.metrics.take))
     if result.status == "interrupted":
         print(f"stopped after {result.step} steps, checkpoint {result.checkpoint}; continue with --resume", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -14,6 +14,15 @@ _BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
 _PHASE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 
 
+_LEARNS_BY = {
+    "reward/mean": ("Training reward", "reward"),
+    "train/nll": ("Training loss", "nats per trained token"),
+    "loss/dpo": ("Training loss", "DPO, nats per pair"),
+    "loss/bradley_terry": ("Training loss", "Bradley-Terry, nats per pair"),
+}
+"""What rises or falls as a recipe learns: the first of these that a run has."""
+
+
 def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
     """Draw the rows of metrics.jsonl into a PNG. Metrics that no row has leave their panel empty, with a word saying so.
 
@@ -25,8 +34,9 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) ->
     figure.suptitle(title)
     (reward, accuracy), (length, seconds) = figure.subplots(2, 2)
 
-    _line(reward, rows, "reward/mean", "mean of the step", _BLUE)
-    _finish(reward, "Training reward", "reward")
+    learns_by = next((key for key in _LEARNS_BY if any(row.get(key) is not None for row in rows)), "reward/mean")
+    _line(reward, rows, learns_by, "mean of the step", _BLUE)
+    _finish(reward, *_LEARNS_BY[learns_by])
 
     _line(accuracy, rows, "train/accuracy", "training attempts", "#AAAAAA")
     _line(accuracy, rows, "eval/accuracy", "held out, temperature 1", _BLUE, marker="o")

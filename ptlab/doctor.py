@@ -39,16 +39,17 @@ PROBE_TIMEOUT_S = 300.0
 TRAINER_PROBE = """
 import json, torch
 from huggingface_hub.constants import HF_HUB_CACHE
-from ptlab import local, quickstart
+from ptlab import local
 from ptlab.engines import peft_trainer, torch_sampler
 from ptlab.recipes import rl
+from ptlab.tiny_models.maker import default_cache_dir
 cuda = torch.cuda.is_available()
 print(json.dumps({
     "torch": torch.__version__, "cuda_build": torch.version.cuda, "cuda": cuda,
     "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
     "bf16_gpu": torch.cuda.is_bf16_supported(including_emulation=False) if cuda else None,
     "min_ram_disk_bytes": local.MIN_RAM_DISK_BYTES,
-    "directories": {"model cache": str(quickstart.default_cache_dir()), "data": str(local.data_dir()), "hub cache": HF_HUB_CACHE},
+    "directories": {"model cache": str(default_cache_dir()), "data": str(local.data_dir()), "hub cache": HF_HUB_CACHE},
 }))
 """
 VLLM_PROBE = "from vllm import LLM; import vllm, json; print(json.dumps({'vllm': vllm.__version__}))"

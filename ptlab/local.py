@@ -183,14 +183,12 @@ def _scratch_dir(wanted: str | None) -> Path:
 
 
 def resolve_model(name: str, paths: Mapping[str, str]) -> str:
-    """What the engines load for a model name: its directory from the config, the quickstart model (made on first use), or the name."""
+    """What the engines load for a model name: its directory from the config, a tiny model's (made on first use), or the name."""
     if name in paths:
         return paths[name]
-    from ptlab import quickstart  # engines are imported where they are opened: `import ptlab` stays quick
+    from ptlab.tiny_models.table import tiny_model_directory  # engines are imported where they are opened: `import ptlab` stays quick
 
-    if name == quickstart.MODEL_NAME:
-        return str(quickstart.ensure_quickstart_model())
-    return name
+    return str(tiny_model_directory(name) or name)
 
 
 def open_engines(name: str, path: str, config: EnginesConfig, max_lora_rank: int, *, own_process: bool = False) -> Engines:

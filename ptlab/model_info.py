@@ -27,15 +27,15 @@ _MODELS: tuple[tuple[str, ModelAttributes], ...] = (
     (rf"(?:Meta-)?Llama-3(?:\.\d)?-{_SIZE}-Instruct{_QUANTIZED}", ModelAttributes(True, ("llama3",))),
     (rf"(?:Meta-)?Llama-3(?:\.\d)?-{_SIZE}", ModelAttributes(False, ("role_colon",))),
 )
-_QUICKSTART = ModelAttributes(True, ("chatml",))
+_TINY = ModelAttributes(True, ("chatml",))  # the models that ptlab makes itself (tiny_models/)
 _UNKNOWN = ModelAttributes(True, ("chat_template",))
 
 
 def get_model_attributes(model_name: str) -> ModelAttributes:
     """Attributes by name; a `:checkpoint` suffix and the folders of a local path do not matter. Unknown: its chat template."""
     name = model_name.split(":", 1)[0].rstrip("/")
-    if name == "ptlab/quickstart":
-        return _QUICKSTART
+    if name.startswith("ptlab/"):
+        return _TINY
     last_part = name.rpartition("/")[2]
     return next((attributes for pattern, attributes in _MODELS if re.fullmatch(pattern, last_part)), _UNKNOWN)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 Number = float | int | bool | None
+_LOSSES = {"nll ": "train/nll", "dpo ": "loss/dpo", "bradley-terry ": "loss/bradley_terry"}
+"""Of recipes whose loss falls as they learn; a policy gradient's says nothing."""
 _WIDTH = 100
 _MAX_SAMPLES = 3
 
@@ -18,8 +20,8 @@ def progress_line(step: int, steps: int, metrics: Mapping[str, Number]) -> str:
     A row of step == steps is the evaluation after the last training step.
     """
     parts = [f"step {step + 1:>{len(str(steps))}}/{steps}" if step < steps else "after the last step"]
-    parts += _values(metrics, {"reward ": "reward/mean", "acc ": "train/accuracy"})
-    if evals := _values(metrics, {"": "eval/accuracy", "greedy ": "eval/accuracy_greedy"}):
+    parts += _values(metrics, {"reward ": "reward/mean", "acc ": "train/accuracy", **_LOSSES, "kl ": "kl/policy_reference_nats"})
+    if evals := _values(metrics, {"": "eval/accuracy", "greedy ": "eval/accuracy_greedy", "nll ": "eval/nll"}):
         parts.append(f"eval {' '.join(evals)}")
     if metrics.get("batch/skipped"):
         parts.append("no update: every group agreed")
@@ -49,7 +51,7 @@ def phase_seconds(metrics: Mapping[str, Number]) -> dict[str, float]:
 
 def final_report(directory: Path, rows: Sequence[Mapping[str, Any]], transcripts: Sequence[Mapping[str, Any]], elapsed_s: float) -> str:
     """First and last value of the metrics a user watches, then the same prompts answered before and after."""
-    lines = ["", f"{directory}: {sum('reward/mean' in row for row in rows)} training steps, {elapsed_s:.0f} s in this process", ""]
+    lines = ["", f"{directory}: {sum('optim/learning_rate' in row for row in rows)} training steps, {elapsed_s:.0f} s in this process", ""]
     lines += _metric_table(rows)
     lines += _before_and_after(transcripts)
     lines += [f"{directory}/metrics.jsonl  transcripts.jsonl  curves.png  config.yaml  run.json"]
@@ -57,7 +59,7 @@ def final_report(directory: Path, rows: Sequence[Mapping[str, Any]], transcripts
 
 
 def _metric_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    keys = ("eval/accuracy", "eval/accuracy_greedy", "reward/mean", "train/accuracy", "answer/tokens_mean")
+    keys = ("eval/accuracy", "eval/accuracy_greedy", "eval/nll", "reward/mean", "train/accuracy", *_LOSSES.values(), "answer/tokens_mean")
     table = []
     for key in keys:
         seen = [(row["step"], row[key]) for row in rows if row.get(key) is not None]

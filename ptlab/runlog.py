@@ -185,6 +185,20 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def newest_sampler_weights(directory: Path) -> Path:
+    """The newest weights for sampling that a run directory holds; a directory that is none is returned as it is.
+
+    Raises: ConfigError for a run that has not saved any: they are saved when a run ends.
+    """
+    if not (directory / CHECKPOINTS).exists() and not (directory / "config.yaml").exists():
+        return directory
+    saved = [CheckpointEntry(**row) for row in _read_lines(directory / CHECKPOINTS) if row["kind"] == "sampler"]
+    if not saved:
+        raise ConfigError(f"{directory}: this run has saved no weights for sampling; let it end, or name the directory of such weights")
+    newest = max(saved, key=lambda entry: entry.step)
+    return directory / "checkpoints" / newest.path.removeprefix("tinker://")
+
+
 # ---------------------------------------------------------------------------------------------------------------------- opening
 
 

@@ -26,6 +26,9 @@ from ptlab.server.settings import ServeSettings
 EXAMPLE_KEY = "tml-local"
 """The SDK wants a key that begins so, also where none is looked at."""
 OPEN_FILES = 65536
+SWITCH_INTERVAL_S = 0.0005
+"""How long a thread of an engine may keep Python from the event loop that answers clients. At Python's own 5 ms the scheduler of vLLM in
+the same process delays every request by that much, and a batch of requests fills slowly (docs/LOG.md)."""
 OWN_OPTIONS = ("host", "port", "data_dir", "public_url", "seed", "strict_losses", "trace")
 
 
@@ -71,11 +74,12 @@ def serve(
     """Serve until SIGTERM or Ctrl-C; returns 0 once models are parked on the disk.
 
     Args:
-        models: name that clients use -> directory of the weights; None = the name is a hub id, or ptlab's quickstart model.
+        models: name that clients use -> directory of the weights; None = the name is a hub id, or one of ptlab's tiny models.
         max_lora_rank: largest rank the sampler serves.
     Raises: ConfigError if the address is taken or needs keys, a model cannot be loaded, or another server uses the data directory.
     """
     _allow_many_connections()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     paths = {name: path for name, path in models.items() if path is not None}
     first = next(iter(models))
 

@@ -24,11 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two threads on busy cores spin at their barriers
 
 from ptlab.cli import guarded
-from ptlab.config import RunConfig, load_config
+from ptlab.config import RlConfig, load_config
+from ptlab.envs.env_section import TaskSetting
 from ptlab.local import LocalService, open_service
-from ptlab.model_info import get_recommended_renderer_name
 from ptlab.recipes import rl
-from ptlab.renderers import get_renderer
+from ptlab.recipes.models import ServiceModels, run_renderer
+from ptlab.recipes.training import adam_params
 from ptlab.rl import datums, diagnostics, rollout
 from ptlab.rl.advantages import group_centred
 from ptlab.rl.evaluation import evaluate
@@ -77,7 +78,7 @@ def parse_loss(text: str) -> tuple[str, dict[str, float]]:
     return name, {key: OFF if value == "inf" else float(value) for key, value in numbers.items()}
 
 
-def make_config(loss: str, setting: str, seed: int, args: argparse.Namespace, directory: str) -> RunConfig:
+def make_config(loss: str, setting: str, seed: int, args: argparse.Namespace, directory: str) -> RlConfig:
     lag, _, learning_rate = setting.split(",")
     name, numbers = parse_loss(loss)
     overrides = [
@@ -91,17 +92,20 @@ def make_config(loss: str, setting: str, seed: int, args: argparse.Namespace, di
         f"optim.learning_rate={float(learning_rate)}",
         *(f"loss.config.{key}={value}" for key, value in numbers.items()),
     ]
-    return load_config(CONFIG, overrides)
+    config = load_config(CONFIG, overrides)
+    assert isinstance(config, RlConfig)
+    return config
 
 
-async def train(config: RunConfig, service: LocalService, updates: int, evaluate_every: int) -> list[dict[str, float]]:
+async def train(config: RlConfig, service: LocalService, updates: int, evaluate_every: int) -> list[dict[str, float]]:
     """The recipe's loop with several updates per batch. Returns greedy accuracies, accuracy and rewards, and the losses' metrics."""
     training_client = await service.client.create_lora_training_client(
         base_model=config.model.name, rank=config.lora.rank, seed=config.seed, train_unembed=config.lora.train_unembed
     )
-    renderer = get_renderer(get_recommended_renderer_name(config.model.name), training_client.get_tokenizer())
-    task = rl.make_task(config, renderer)
-    settings, loss_fn = rl.rollout_settings(config), cast("LossFnType", config.loss.name)
+    renderer = run_renderer(config.model, training_client.get_tokenizer())
+    models = ServiceModels(service.client, config.model, renderer)
+    task = await config.env.make_task(TaskSetting(renderer=renderer, seed=config.seed, models=models))
+    settings, loss_fn = rl.rollout_settings(config, await models.context_length()), cast("LossFnType", config.loss.name)
     sampling_client = await training_client.save_weights_and_get_sampling_client()
     greedy: dict[str, float] = {}
     rewards: list[float] = []
@@ -117,7 +121,7 @@ async def train(config: RunConfig, service: LocalService, updates: int, evaluate
             data_D = [d for g in groups_P for d in datums.group_to_datums(g, group_centred(g.rewards_G), loss=config.loss.name)]
             for _ in range(updates if data_D else 0):
                 trained = training_client.forward_backward(data_D, loss_fn, config.loss.config)
-                updated = training_client.optim_step(rl.adam_params(config, step))
+                updated = training_client.optim_step(adam_params(config, step))
                 output, _ = await trained, await updated
                 for key in METRICS:
                     if key in output.metrics:

@@ -76,12 +76,12 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             log.checkpoint(1, "tinker://run/weights/step_1")
         return SimpleNamespace(status=seen.status, step=1, checkpoint="tinker://run/weights/step_1")
 
-    local, rl = ModuleType("ptlab.local"), ModuleType("ptlab.recipes.rl")
-    local.open_service, rl.run = open_service, run  # type: ignore[attr-defined]
-    for name, module in (("ptlab.local", local), ("ptlab.recipes.rl", rl)):
+    local, table = ModuleType("ptlab.local"), ModuleType("ptlab.recipes.table")
+    local.open_service, table.run = open_service, run  # type: ignore[attr-defined]
+    for name, module in (("ptlab.local", local), ("ptlab.recipes.table", table)):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr("ptlab.local", local, raising=False)
-    monkeypatch.setattr("ptlab.recipes.rl", rl, raising=False)
+    monkeypatch.setattr("ptlab.recipes.table", table, raising=False)
     return seen
 
 

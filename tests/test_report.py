@@ -24,6 +24,14 @@ def test_a_progress_line_says_what_is_special() -> None:
     assert progress_line(1, 5, {"reward/mean": None}) == "step 2/5"
 
 
+def test_recipes_without_rewards_show_the_loss_that_should_fall() -> None:
+    assert progress_line(0, 5, {"train/nll": 0.5, "eval/nll": 0.25}) == "step 1/5 | nll 0.500 | eval nll 0.250"
+    assert progress_line(0, 5, {"loss/dpo": 0.693, "train/accuracy": 0.5}) == "step 1/5 | acc 0.500 | dpo 0.693"
+    rows = [{"step": 0, "optim/learning_rate": 1e-3, "train/nll": 0.5}, {"step": 1, "optim/learning_rate": 1e-3, "train/nll": 0.25}]
+    lines = final_report(Path("runs/x"), rows, [], 1.0).splitlines()
+    assert "2 training steps" in lines[1] and "  train/nll                  0.500     0.250    steps 0 and 1" in lines
+
+
 def test_phases_leave_out_their_sum_and_what_is_no_time() -> None:
     assert phase_seconds(
         {"time/sample_s": 1, "time/step_s": 3, "time/rollout_s": 7.0, "time/tokens_per_second": 9.0, "reward/mean": 1, "time/eval_s": None}
@@ -31,7 +39,11 @@ def test_phases_leave_out_their_sum_and_what_is_no_time() -> None:
 
 
 def test_the_final_table_compares_first_and_last_values() -> None:
-    rows = [{"step": 0, "reward/mean": 0.25, "eval/accuracy": 0.2}, {"step": 1, "reward/mean": 0.5}, {"step": 2, "eval/accuracy": 0.875}]
+    rows = [
+        {"step": 0, "optim/learning_rate": 1e-3, "reward/mean": 0.25, "eval/accuracy": 0.2},
+        {"step": 1, "optim/learning_rate": 1e-3, "reward/mean": 0.5},
+        {"step": 2, "eval/accuracy": 0.875},
+    ]
     lines = final_report(Path("runs/x"), rows, [], 12.4).splitlines()
     assert lines[1] == "runs/x: 2 training steps, 12 s in this process"
     assert "  eval/accuracy              0.200     0.875    steps 0 and 2" in lines

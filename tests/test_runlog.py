@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 
-from ptlab.config import EvalConfig, LoggingConfig, OptimConfig, RunConfig, load_config
+from ptlab.config import EvalConfig, LoggingConfig, OptimConfig, RlConfig, load_config
 from ptlab.errors import ConfigError
 from ptlab.runlog import CheckpointEntry, RunLog
 
 
 @pytest.fixture
-def make_config(tmp_path: Path) -> Callable[..., RunConfig]:
-    return lambda **fields: RunConfig(**{"name": "try", "run_dir": str(tmp_path), "steps": 6} | fields)
+def make_config(tmp_path: Path) -> Callable[..., RlConfig]:
+    return lambda **fields: RlConfig(**{"name": "try", "run_dir": str(tmp_path), "steps": 6} | fields)
 
 
-def rows(config: RunConfig, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+def rows(config: RlConfig, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (config.directory / name).read_text(encoding="utf-8").splitlines()]
 
 
@@ -30,7 +30,7 @@ def silent(_: str) -> None:
     """Swallows the progress lines."""
 
 
-def run_steps(config: RunConfig, *, until: int, checkpoint_at: int | None = None) -> None:
+def run_steps(config: RlConfig, *, until: int, checkpoint_at: int | None = None) -> None:
     with RunLog.open(config, echo=silent) as log:
         for step in range(until):
             log.write(step, {"reward/mean": step / 10})
@@ -39,7 +39,7 @@ def run_steps(config: RunConfig, *, until: int, checkpoint_at: int | None = None
                 log.checkpoint(step + 1, f"tinker://run/weights/step_{step + 1}")
 
 
-def test_a_new_run_has_its_config_and_provenance_before_the_first_step(make_config: Callable[..., RunConfig]) -> None:
+def test_a_new_run_has_its_config_and_provenance_before_the_first_step(make_config: Callable[..., RlConfig]) -> None:
     config = make_config(optim=OptimConfig(learning_rate=4e-5))
     with RunLog.open(config, echo=silent) as log:
         assert log.last_checkpoint() is None
@@ -49,7 +49,7 @@ def test_a_new_run_has_its_config_and_provenance_before_the_first_step(make_conf
     assert facts["hardware"]["num_cpus"] >= 1 and {"started", "git"} <= set(facts)
 
 
-def test_a_row_is_one_json_line_and_what_is_no_number_becomes_null(make_config: Callable[..., RunConfig]) -> None:
+def test_a_row_is_one_json_line_and_what_is_no_number_becomes_null(make_config: Callable[..., RlConfig]) -> None:
     config = make_config()
     with RunLog.open(config, echo=silent) as log:
         log.write(
@@ -59,7 +59,7 @@ def test_a_row_is_one_json_line_and_what_is_no_number_becomes_null(make_config: 
     assert text == ('{"step": 0, "reward/mean": 0.5, "loss/sum": null, "gap/max_nats": null, "batch/skipped": true, "groups/total": 16}\n')
 
 
-def test_keys_without_an_area_and_repeated_steps_are_refused(make_config: Callable[..., RunConfig]) -> None:
+def test_keys_without_an_area_and_repeated_steps_are_refused(make_config: Callable[..., RlConfig]) -> None:
     with RunLog.open(make_config(), echo=silent) as log:
         with pytest.raises(ValueError, match=r"\['loss:sum'\] are not of the form area/name"):
             log.write(0, {"loss:sum": 1.0})
@@ -68,7 +68,7 @@ def test_keys_without_an_area_and_repeated_steps_are_refused(make_config: Callab
             log.write(0, {"reward/mean": 1.0})
 
 
-def test_a_directory_with_a_run_is_refused_and_left_alone(make_config: Callable[..., RunConfig]) -> None:
+def test_a_directory_with_a_run_is_refused_and_left_alone(make_config: Callable[..., RlConfig]) -> None:
     config = make_config()
     run_steps(config, until=3, checkpoint_at=2)
     before = (config.directory / "metrics.jsonl").read_bytes()
@@ -79,7 +79,7 @@ def test_a_directory_with_a_run_is_refused_and_left_alone(make_config: Callable[
     assert (config.directory / "metrics.jsonl").read_bytes() == before
 
 
-def test_overwrite_starts_afresh(make_config: Callable[..., RunConfig]) -> None:
+def test_overwrite_starts_afresh(make_config: Callable[..., RlConfig]) -> None:
     config = make_config()
     run_steps(config, until=3, checkpoint_at=2)
     (config.directory / "checkpoints" / "x").mkdir(parents=True)
@@ -93,7 +93,7 @@ def test_overwrite_starts_afresh(make_config: Callable[..., RunConfig]) -> None:
     assert not (config.directory / "transcripts.jsonl").exists()
 
 
-def test_resume_keeps_what_came_before_the_checkpoint_and_doubles_nothing(make_config: Callable[..., RunConfig]) -> None:
+def test_resume_keeps_what_came_before_the_checkpoint_and_doubles_nothing(make_config: Callable[..., RlConfig]) -> None:
     config = make_config()
     run_steps(config, until=5, checkpoint_at=3)
     with RunLog.open(config, resume=True, echo=silent) as log:
@@ -108,7 +108,7 @@ def test_resume_keeps_what_came_before_the_checkpoint_and_doubles_nothing(make_c
     assert len(json.loads((config.directory / "run.json").read_text(encoding="utf-8"))["resumed"]) == 1
 
 
-def test_resume_without_a_checkpoint_starts_over(make_config: Callable[..., RunConfig]) -> None:
+def test_resume_without_a_checkpoint_starts_over(make_config: Callable[..., RlConfig]) -> None:
     config = make_config()
     run_steps(config, until=2)
     with RunLog.open(config, resume=True, echo=silent) as log:
@@ -117,14 +117,14 @@ def test_resume_without_a_checkpoint_starts_over(make_config: Callable[..., RunC
     assert [row["step"] for row in rows(config)] == [0]
 
 
-def test_resume_of_nothing_starts_and_says_so(make_config: Callable[..., RunConfig]) -> None:
+def test_resume_of_nothing_starts_and_says_so(make_config: Callable[..., RlConfig]) -> None:
     said: list[str] = []
     with RunLog.open(make_config(), resume=True, echo=said.append) as log:
         assert log.last_checkpoint() is None
     assert len(said) == 1 and "no run to resume, starting at step 0" in said[0]
 
 
-def test_torn_last_lines_are_dropped(make_config: Callable[..., RunConfig]) -> None:
+def test_torn_last_lines_are_dropped(make_config: Callable[..., RlConfig]) -> None:
     config = make_config()
     run_steps(config, until=4, checkpoint_at=2)
     for name, torn in (
@@ -141,7 +141,7 @@ def test_torn_last_lines_are_dropped(make_config: Callable[..., RunConfig]) -> N
     assert [row["step"] for row in rows(config)] == [0, 1, 2]
 
 
-def test_a_broken_line_in_the_middle_is_named(make_config: Callable[..., RunConfig]) -> None:
+def test_a_broken_line_in_the_middle_is_named(make_config: Callable[..., RlConfig]) -> None:
     config = make_config()
     run_steps(config, until=3, checkpoint_at=2)
     path = config.directory / "metrics.jsonl"
@@ -150,13 +150,13 @@ def test_a_broken_line_in_the_middle_is_named(make_config: Callable[..., RunConf
         RunLog.open(config, resume=True, echo=silent)
 
 
-def test_a_kill_9_leaves_whole_lines_and_a_free_directory(make_config: Callable[..., RunConfig]) -> None:
+def test_a_kill_9_leaves_whole_lines_and_a_free_directory(make_config: Callable[..., RlConfig]) -> None:
     config = make_config()
     script = f"""
 import os, signal, sys
-from ptlab.config import RunConfig
+from ptlab.config import RlConfig
 from ptlab.runlog import RunLog
-log = RunLog.open(RunConfig(name="try", run_dir={config.run_dir!r}, steps=6), echo=lambda line: None)
+log = RunLog.open(RlConfig(name="try", run_dir={config.run_dir!r}, steps=6), echo=lambda line: None)
 for step in range(4):
     log.write(step, {{"reward/mean": step / 10}})
     if step == 1:
@@ -172,14 +172,14 @@ os.kill(os.getpid(), signal.SIGKILL)
         assert last is not None and last.step == 2
 
 
-def test_two_writers_are_refused(make_config: Callable[..., RunConfig]) -> None:
+def test_two_writers_are_refused(make_config: Callable[..., RlConfig]) -> None:
     config = make_config()
     with RunLog.open(config, echo=silent), pytest.raises(ConfigError, match="another process is writing this run"):
         RunLog.open(config, overwrite=True, echo=silent)
     RunLog.open(config, resume=True, echo=silent).close()  # free again
 
 
-def test_resume_refuses_another_config_but_not_another_length(make_config: Callable[..., RunConfig]) -> None:
+def test_resume_refuses_another_config_but_not_another_length(make_config: Callable[..., RlConfig]) -> None:
     run_steps(make_config(), until=3, checkpoint_at=2)
     with pytest.raises(ConfigError, match=r"was started with another config \(optim\.learning_rate: was 0\.001, is 0\.002\)"):
         RunLog.open(make_config(optim=OptimConfig(learning_rate=2e-3)), resume=True, echo=silent)
@@ -188,24 +188,24 @@ def test_resume_refuses_another_config_but_not_another_length(make_config: Calla
     assert load_config(longer.directory / "config.yaml").steps == 9
 
 
-def test_resume_refuses_another_length_under_a_schedule(make_config: Callable[..., RunConfig]) -> None:
+def test_resume_refuses_another_length_under_a_schedule(make_config: Callable[..., RlConfig]) -> None:
     run_steps(make_config(optim=OptimConfig(schedule="linear")), until=3, checkpoint_at=2)
     with pytest.raises(ConfigError, match="steps: was 6, is 9"):
         RunLog.open(make_config(steps=9, optim=OptimConfig(schedule="linear")), resume=True, echo=silent)
 
 
-def test_resume_and_overwrite_exclude_each_other(make_config: Callable[..., RunConfig]) -> None:
+def test_resume_and_overwrite_exclude_each_other(make_config: Callable[..., RlConfig]) -> None:
     with pytest.raises(ConfigError, match="give one of the two"):
         RunLog.open(make_config(), resume=True, overwrite=True, echo=silent)
 
 
-def test_a_run_directory_that_cannot_be_made_is_a_config_error(make_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_a_run_directory_that_cannot_be_made_is_a_config_error(make_config: Callable[..., RlConfig], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be made"):
         RunLog.open(make_config(run_dir=str(tmp_path / "file")), echo=silent)
 
 
-def test_the_same_checkpoint_saved_again_is_noted_once_and_adapters_do_not_resume(make_config: Callable[..., RunConfig]) -> None:
+def test_the_same_checkpoint_saved_again_is_noted_once_and_adapters_do_not_resume(make_config: Callable[..., RlConfig]) -> None:
     config = make_config()
     with RunLog.open(config, echo=silent) as log:
         log.write(0, {"reward/mean": 0.0})
@@ -217,7 +217,7 @@ def test_the_same_checkpoint_saved_again_is_noted_once_and_adapters_do_not_resum
     assert [(row["step"], row["kind"]) for row in rows(config, "checkpoints.jsonl")] == [(1, "state"), (5, "sampler")]
 
 
-def test_transcripts_are_limited_per_call(make_config: Callable[..., RunConfig]) -> None:
+def test_transcripts_are_limited_per_call(make_config: Callable[..., RlConfig]) -> None:
     config = make_config(logging=LoggingConfig(transcripts=2))
     row = {"split": "train", "prompt": "ü", "response": "line\nbreak", "reward": 1.0}
     with RunLog.open(config, echo=silent) as log:
@@ -226,7 +226,7 @@ def test_transcripts_are_limited_per_call(make_config: Callable[..., RunConfig])
     assert rows(config, "transcripts.jsonl") == [{"step": 0} | row] * 4
 
 
-def test_a_finished_run_has_a_picture_and_a_table(make_config: Callable[..., RunConfig]) -> None:
+def test_a_finished_run_has_a_picture_and_a_table(make_config: Callable[..., RlConfig]) -> None:
     said: list[str] = []
     with RunLog.open(make_config(), echo=said.append) as log:
         for step in range(2):

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from ptlab.config import LoggingConfig, RunConfig
+from ptlab.config import LoggingConfig, RlConfig
 from ptlab.errors import ConfigError
 from ptlab.runlog import RunLog
 
 
-def config(tmp_path: Path, **logging: Any) -> RunConfig:
-    return RunConfig(name="try", run_dir=str(tmp_path), steps=4, logging=LoggingConfig(**logging))
+def config(tmp_path: Path, **logging: Any) -> RlConfig:
+    return RlConfig(name="try", run_dir=str(tmp_path), steps=4, logging=LoggingConfig(**logging))
 
 
 def silent(_: str) -> None:

@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 
 from ptlab.backend.catalog import Catalog
 from ptlab.backend.checkpoints import CheckpointPath, Checkpoints, Kind, Manifest, Probe, checked, expiry
+from ptlab.backend.imports import import_adapter
 from ptlab.backend.models import Models, Replayable, TrainingPass
 from ptlab.backend.parking import Parking
 from ptlab.backend.records import LOCAL_OWNER, Model, Session, digest
@@ -421,6 +422,10 @@ class Backend:
             return SaveWeightsExternalResponse(path=str(path), type="save_weights_external")
 
         return await self._in_order(model_id, seq_id, f"save_weights_external {name} {ttl_seconds}", run)
+
+    async def import_adapter(self, directory: Path, base_model: str | None = None) -> str:
+        """tinker:// path of a copy of the adapter in a directory of this machine; see backend/imports.py."""
+        return await import_adapter(self._checkpoints, self.served.get, directory, base_model)
 
     def _written_before(self, path: CheckpointPath, seq_id: int) -> bool:
         """Whether this very request has written its checkpoint already, in a process that died before it could say so."""

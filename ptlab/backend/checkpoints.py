@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -101,6 +102,7 @@ class Checkpoints:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._changing = threading.Lock()  # whoever replaces, changes or deletes what others may be looking at
         root.mkdir(parents=True, exist_ok=True)
         self._clear_leftovers()
 
@@ -143,7 +145,8 @@ class Checkpoints:
             for file in temporary.iterdir():
                 fsync(file)
             fsync(temporary)
-            _replace(final, temporary)
+            with self._changing:
+                _replace(final, temporary)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)  # the first error is the one to report
             raise
@@ -152,7 +155,7 @@ class Checkpoints:
 
     def manifest(self, path: CheckpointPath) -> Manifest:
         """What a checkpoint that exists says of itself; its files are not looked at."""
-        return _read_manifest(self.directory(path) / MANIFEST)
+        return read_manifest(self.directory(path) / MANIFEST)
 
     def read(self, path: CheckpointPath) -> tuple[Manifest, Path]:
         """Manifest and directory of a checkpoint whose files are all there, whole and unexpired.
@@ -162,12 +165,13 @@ class Checkpoints:
         directory = self.directory(path)
         if not (directory / MANIFEST).exists():
             raise NotFoundError(f"no checkpoint {path} below {self.root}" + self._neighbours(path))
-        manifest = _read_manifest(directory / MANIFEST)
+        manifest = read_manifest(directory / MANIFEST)
         if manifest.expires_at is not None and manifest.expires_at < datetime.now(UTC):
             raise NotFoundError(f"checkpoint {path} expired at {manifest.expires_at:%Y-%m-%d %H:%M} UTC")
         for name, file in manifest.files.items():
-            on_disk = directory / name
-            if not on_disk.exists() or on_disk.stat().st_size != file.size_bytes or sha256(on_disk) != file.sha256:
+            if not _is_whole(directory / name, file):
+                if read_manifest(directory / MANIFEST) != manifest:  # it was replaced under our eyes
+                    return self.read(path)
                 raise CheckpointError(
                     f"checkpoint {path}: {name} is missing or differs from its checksum in {MANIFEST}; the copy is damaged, use another one"
                 )
@@ -180,13 +184,16 @@ class Checkpoints:
     def list(self, model_id: str | None = None) -> list[Checkpoint]:
         """Checkpoints of one model or of all, newest first; expired ones are deleted, not listed."""
         found = []
-        for manifest_file in self.root.glob(f"{model_id or '*'}/*/*/{MANIFEST}"):
-            directory = manifest_file.parent
-            if directory.name.startswith("."):
+        models = [self.root / model_id] if model_id else _entries(self.root)
+        for directory in [name for model in models for kind in _entries(model) for name in _entries(kind)]:
+            if directory.name.startswith(".") or directory.parent.name not in KINDS:
                 continue
-            manifest = _read_manifest(manifest_file)
+            try:
+                manifest = read_manifest(directory / MANIFEST)
+            except NotFoundError:  # no checkpoint, or deleted since
+                continue
             if manifest.expires_at is not None and manifest.expires_at < datetime.now(UTC):
-                shutil.rmtree(directory)
+                shutil.rmtree(directory, ignore_errors=True)  # somebody else may be at it
                 continue
             path = CheckpointPath.parse(f"tinker://{directory.parent.parent.name}/{directory.parent.name}/{directory.name}")
             found.append(_as_listed(path, manifest))
@@ -194,21 +201,23 @@ class Checkpoints:
 
     def delete(self, path: CheckpointPath) -> None:
         directory = self.directory(path)
-        if not directory.exists():
-            raise NotFoundError(f"no checkpoint {path} to delete" + self._neighbours(path))
         doomed = directory.with_name(f".new-0-deleted{uuid.uuid4().hex[:8]}~{directory.name}")
-        directory.rename(doomed)  # gone at once for every reader, then its files
+        with self._changing:
+            if not directory.exists():
+                raise NotFoundError(f"no checkpoint {path} to delete" + self._neighbours(path))
+            directory.rename(doomed)  # gone at once for every reader, then its files
         shutil.rmtree(doomed)
 
     def update(self, path: CheckpointPath, **changes: Any) -> None:
         """Change manifest fields that are about the checkpoint, not its content: public, expires_at."""
         directory = self.directory(path)
-        if not (directory / MANIFEST).exists():
-            raise NotFoundError(f"no checkpoint {path}" + self._neighbours(path))
-        manifest = _read_manifest(directory / MANIFEST).model_copy(update=changes)
-        temporary = directory / f".{MANIFEST}-{uuid.uuid4().hex[:8]}"
-        _write_json(temporary, manifest)
-        temporary.replace(directory / MANIFEST)
+        with self._changing:
+            if not (directory / MANIFEST).exists():
+                raise NotFoundError(f"no checkpoint {path}" + self._neighbours(path))
+            manifest = read_manifest(directory / MANIFEST).model_copy(update=changes)
+            temporary = directory / f".{MANIFEST}-{uuid.uuid4().hex[:8]}"
+            _write_json(temporary, manifest)
+            temporary.replace(directory / MANIFEST)
 
     def copy(self, source: CheckpointPath, target: CheckpointPath, *, expires_at: datetime | None) -> None:
         manifest, directory = self.read(source)
@@ -230,6 +239,21 @@ def expiry(ttl_seconds: int | None) -> datetime | None:
             f"ttl_seconds is {ttl_seconds}; it must lie between 3600 (an hour) and 315360000 (ten years), or be None for no limit"
         )
     return datetime.now(UTC) + timedelta(seconds=ttl_seconds)
+
+
+def _entries(directory: Path) -> list[Path]:
+    """What is in a directory now; nothing if it is gone or no directory. (Path.glob raises where another thread deletes meanwhile.)"""
+    try:
+        return sorted(directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _is_whole(path: Path, file: File) -> bool:
+    try:
+        return path.stat().st_size == file.size_bytes and sha256(path) == file.sha256
+    except FileNotFoundError:
+        return False
 
 
 def _as_listed(path: CheckpointPath, manifest: Manifest) -> Checkpoint:
@@ -271,9 +295,12 @@ def _abandoned(unfinished: Path) -> bool:
     return not Path(f"/proc/{pid}").exists() or time.time() - unfinished.stat().st_mtime > 3600
 
 
-def _read_manifest(file: Path) -> Manifest:
+def read_manifest(file: Path) -> Manifest:
+    """Raises: NotFoundError if there is none; CheckpointError if this version of ptlab cannot read it."""
     try:
         manifest = Manifest.model_validate_json(file.read_bytes())
+    except FileNotFoundError as err:
+        raise NotFoundError(f"{file}: no such checkpoint; it was deleted, or never saved") from err
     except ValidationError as err:
         raise CheckpointError(f"{file}: not a manifest this version of ptlab can read ({err.errors()[0]['msg']})") from err
     if manifest.format_version > FORMAT_VERSION:

@@ -18,7 +18,7 @@ from ptlab.backend.sequences import Sequences
 from ptlab.backend.served import ServedModel
 from ptlab.backend.store import SamplerRow, Store
 from ptlab.engines.protocols import AdapterRef, SampleCall
-from ptlab.errors import CheckpointError, EngineLostError, InvalidRequestError, NotFoundError
+from ptlab.errors import CheckpointError, EngineError, EngineLostError, InvalidRequestError, NotFoundError
 from ptlab.types import GetSamplerResponse, ModelInput, SampleResponse, SamplingParams, TensorData
 
 RESENDS = 2
@@ -62,6 +62,7 @@ class SamplingSessions:
         self._sequences = sequences
         self._serve = serve
         self._open: dict[str, SamplingSession] = {}
+        self._closing = False
 
     async def add(self, session: SamplingSession) -> None:
         """Open a session; if it is `loaded`, it is already counted as a user of its version."""
@@ -96,7 +97,8 @@ class SamplingSessions:
         )
 
     def forget_all(self) -> None:
-        """Drop every session without unloading anything; later releases find nothing to do."""
+        """Drop every session without unloading anything: the engines are about to end. Later releases find nothing to do."""
+        self._closing = True
         self._open.clear()
 
     def is_open(self, sampling_session_id: str) -> bool:
@@ -157,7 +159,11 @@ class SamplingSessions:
         async with session.loading:
             if session.loaded and session.ref is not None:
                 session.loaded = False
-                await (await self._serve(session.base_model)).sync.release(session.ref, delete_files=session.ephemeral)
+                try:
+                    await (await self._serve(session.base_model)).sync.release(session.ref, delete_files=session.ephemeral)
+                except EngineError:
+                    if not self._closing:  # else the engine has ended while this was on its way, and its versions with it
+                        raise
             elif session.ephemeral and session.ref is not None:
                 await asyncio.to_thread(shutil.rmtree, session.ref.path, ignore_errors=True)  # never loaded since a restart
 

@@ -241,6 +241,13 @@ class WeightSync:
             suspect = "it holds other weights, perhaps an older version or a damaged copy"
         return f"the sampler's log-probabilities on the probe are {gap:.3g} nats off the trainer's (allowed {allowed:.3g}): {suspect}"
 
+    async def probe_of(self, ref: AdapterRef) -> Probe:
+        """The trainer's log-probabilities of the fixed tokens under an adapter in a directory."""
+        scores = await self.run_in_trainer(partial(self.trainer.score_prompt, _scoring(self._probe_tokens, ref)), urgent=True)
+        assert scores.logprobs_T is not None
+        logprobs = [float(value) for value in scores.logprobs_T[1:]]
+        return Probe(tokens=self._probe_tokens, logprobs=logprobs, base_logprobs=self._base_logprobs)
+
     async def _trainer_logprobs(self, model_id: str | None) -> list[float]:
         return _numbers(await self.run_in_trainer(lambda: self.trainer.compute_logprobs(model_id, self._probe_tokens), urgent=True))
 

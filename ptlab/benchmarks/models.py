@@ -12,7 +12,8 @@ from ptlab.engines.peft_trainer import PeftTrainer
 from ptlab.engines.pretrain import ModelShape, new_model, save_model, train_tokenizer
 from ptlab.errors import ConfigError
 from ptlab.losses import resolve_loss
-from ptlab.quickstart import MODEL_NAME, ensure_quickstart_model, tokenizer_texts
+from ptlab.tiny_models.quickstart import tokenizer_texts
+from ptlab.tiny_models.table import TINY_MODELS, tiny_model_directory
 from ptlab.types import AdamParams, Datum, LoraConfig, ModelInput, TensorData
 
 TOKENIZER_SIZE = 320
@@ -24,12 +25,13 @@ RANDOM_MODELS = {
 
 
 def model_directory(name: str, root: Path) -> Path:
-    """Directory of a model by name: "ptlab/quickstart", one of RANDOM_MODELS (written below `root` on first use), or a path.
+    """Directory of a model by name: a tiny model's ("ptlab/quickstart"), one of RANDOM_MODELS (below `root`, on first use), or a path.
 
     Raises: ConfigError if there is no such model.
     """
-    if name == MODEL_NAME:
-        return ensure_quickstart_model()
+    tiny = tiny_model_directory(name)
+    if tiny is not None:
+        return tiny
     if name in RANDOM_MODELS:
         directory = root / name
         if not directory.exists():
@@ -37,7 +39,7 @@ def model_directory(name: str, root: Path) -> Path:
             save_model(new_model(RANDOM_MODELS[name], tokenizer, seed=0), tokenizer, directory)
         return directory
     if not (Path(name) / "config.json").is_file():
-        raise ConfigError(f"benchmark model {name!r}: known are {MODEL_NAME}, {', '.join(RANDOM_MODELS)}, or a model's directory")
+        raise ConfigError(f"benchmark model {name!r}: known are {', '.join([*TINY_MODELS, *RANDOM_MODELS])}, or a model's directory")
     return Path(name)
 
 

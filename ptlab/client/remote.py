@@ -17,6 +17,7 @@ from ptlab.types import (
     Datum,
     EncodedTextChunk,
     ForwardBackwardOutput,
+    GetServerCapabilitiesResponse,
     ModelInput,
     OptimStepResponse,
     SampledSequence,
@@ -24,6 +25,7 @@ from ptlab.types import (
     SamplingParams,
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
+    SupportedModel,
     TensorData,
 )
 
@@ -104,6 +106,20 @@ class RemoteServiceClient:
         created = self._service.create_training_client_from_state_with_optimizer(path)
         return Coming(created, lambda client: RemoteTrainingClient(client, self._load_tokenizer))
 
+    def create_sampling_client(self, model_path: str | None = None, base_model: str | None = None) -> Coming[RemoteSamplingClient]:
+        created = self._service.create_sampling_client(model_path=model_path, base_model=base_model)
+        return Coming(created, lambda client: RemoteSamplingClient(client, None, self._load_tokenizer))
+
+    async def import_adapter(self, directory: str, base_model: str | None = None) -> str:
+        """Raises: InvalidRequestError: a server does not read this machine's files."""
+        del base_model
+        raise InvalidRequestError(f"{directory}: a directory cannot be given to a server; name weights it has saved itself (tinker://...)")
+
+    async def get_server_capabilities_async(self) -> GetServerCapabilitiesResponse:
+        said = await self._service.create_rest_client().get_server_capabilities()
+        models = [SupportedModel(model_name=m.model_name, max_context_length=m.max_context_length) for m in said.supported_models]
+        return GetServerCapabilitiesResponse(supported_models=models)
+
     def __enter__(self) -> Self:
         return self
 
@@ -129,6 +145,20 @@ class RemoteTrainingClient:
         sent = self._client.forward_backward([_datum(datum) for datum in data], loss_fn, dict(loss_fn_config or {}) or None)
         return Coming(sent, _forward_backward_output)
 
+    def forward(
+        self, data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float | str] | None = None
+    ) -> Coming[ForwardBackwardOutput]:
+        sent = self._client.forward([_datum(datum) for datum in data], loss_fn, dict(loss_fn_config or {}) or None)
+        return Coming(sent, _forward_backward_output)
+
+    def forward_backward_custom(
+        self, data: Sequence[Datum], loss_fn: Callable[[list[Datum], list[Any]], tuple[Any, Mapping[str, float]]]
+    ) -> Coming[ForwardBackwardOutput]:
+        """The loss gets ptlab's datums, whatever the SDK makes of them on the way."""
+        ours = list(data)
+        sent = self._client.forward_backward_custom([_datum(datum) for datum in ours], lambda _, logprobs: loss_fn(ours, logprobs))
+        return Coming(sent, _forward_backward_output)
+
     def optim_step(self, adam_params: AdamParams) -> Coming[OptimStepResponse]:
         self._num_steps += 1
         sent = self._client.optim_step(load_sdk().AdamParams(**adam_params.model_dump()))
@@ -142,15 +172,27 @@ class RemoteTrainingClient:
 
     def save_weights_and_get_sampling_client(self) -> Coming[RemoteSamplingClient]:
         version = self._num_steps
-        return Coming(self._client.save_weights_and_get_sampling_client(), lambda client: RemoteSamplingClient(client, version))
+        saved = self._client.save_weights_and_get_sampling_client()
+        return Coming(saved, lambda client: RemoteSamplingClient(client, version, self._load_tokenizer))
 
 
 class RemoteSamplingClient:
-    """What recipes need of a SamplingClient. `version`: optimizer steps that this process had asked for when the weights were saved."""
+    """What recipes need of a SamplingClient.
 
-    def __init__(self, client: Any, version: int) -> None:
+    Args:
+        version: optimizer steps that this process had asked for when the weights were saved; None = not weights of this process.
+    """
+
+    def __init__(self, client: Any, version: int | None, load_tokenizer: Callable[[str], Any]) -> None:
         self._client = client
         self._version = version
+        self._load_tokenizer = load_tokenizer
+
+    def get_tokenizer(self) -> Any:
+        return self._load_tokenizer(self._client.get_base_model())
+
+    def compute_logprobs(self, prompt: ModelInput) -> Coming[list[float | None]]:
+        return Coming(self._client.compute_logprobs(_model_input(prompt)), list)
 
     def sample(self, prompt: ModelInput, num_samples: int, sampling_params: SamplingParams) -> Coming[SampleResponse]:
         given = sampling_params.model_dump()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -215,6 +216,14 @@ class ServiceClient:
     ) -> SamplingClient:
         """The client, once it is ready."""
         return await self.create_sampling_client(model_path, base_model, retry_config, record_stability_info)
+
+    def import_adapter(self, directory: str | Path, base_model: str | None = None) -> APIFuture[str]:
+        """tinker:// path, for sampling, of a copy of the adapter in a local directory: sampler weights of another run, or PEFT layout.
+
+        ptlab's own; the official client has no such call.
+        """
+        connection = self._session.connection
+        return connection.submit(connection.backend.import_adapter(Path(directory), base_model))
 
     # -- the rest
 

@@ -1,6 +1,6 @@
 """A very small language model, made from nothing: byte-level BPE, the Qwen3 architecture, one short supervised training.
 
-The only place that trains all weights of a model. It knows nothing of a task: ptlab/quickstart.py brings the texts.
+The only place that trains all weights of a model. It knows nothing of a task: ptlab/tiny_models/ brings the texts.
 
 Deterministic: the same texts, settings and seed give the same bytes on the same machine and library versions (one thread, no
 dropout, no data-dependent order). Another processor may round differently; the model behaves the same but its bytes differ.
@@ -74,11 +74,25 @@ class PretrainSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
-    """One turn of chat: only the answer, and the end-of-message token after it, is learned."""
+class Turn:
+    """One message of a chat."""
 
-    question: str
-    answer: str
+    role: str
+    text: str
+    learned: bool
+    """Whether its text, and the end-of-message token after it, is trained on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A chat of one turn or many; the turns that are not learned are what the others follow from."""
+
+    turns: tuple[Turn, ...]
+
+
+def question_and_answer(question: str, answer: str) -> Example:
+    """One turn of chat: only the answer is learned."""
+    return Example((Turn("user", question, False), Turn("assistant", answer, True)))
 
 
 def chat_prompt(question: str) -> str:
@@ -176,7 +190,7 @@ def pretrain(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, num_steps, settings)
             batch = rows[step * settings.batch_size : (step + 1) * settings.batch_size]
-            num_targets = sum(len(answer) for _, answer in batch)
+            num_targets = sum(sum(learned) for _, learned in batch)
             loss = 0.0
             for part in _halves_by_length(batch):
                 part_loss = _answer_loss_sum(model, part) / num_targets
@@ -210,19 +224,43 @@ def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-_Row = tuple[list[int], list[int]]  # token ids of the prompt, and of the answer with its end-of-message token
+_Row = tuple[list[int], list[bool]]  # token ids, and which of them are learned
 
 
 def _encode(tokenizer: Any, examples: Sequence[Example]) -> list[_Row]:
-    prompts = tokenizer([chat_prompt(example.question) for example in examples], add_special_tokens=False)["input_ids"]
-    answers = tokenizer([example.answer + MESSAGE_END for example in examples], add_special_tokens=False)["input_ids"]
-    return list(zip(prompts, answers, strict=True))
+    """Each example cut where learning begins and ends, each piece tokenized for itself, as prompt and sampled answer are."""
+    pieces = [piece for example in examples for piece in _pieces(example)]
+    ids = iter(tokenizer([text for text, _ in pieces], add_special_tokens=False)["input_ids"])
+    rows: list[_Row] = []
+    for example in examples:
+        tokens: list[int] = []
+        learned: list[bool] = []
+        for _, is_learned in _pieces(example):
+            piece = next(ids)
+            tokens += piece
+            learned += [is_learned] * len(piece)
+        rows.append((tokens, learned))
+    return rows
+
+
+def _pieces(example: Example) -> list[tuple[str, bool]]:
+    """ChatML text and whether it is learned: `<|im_start|>role\n` never, text and `<|im_end|>` as the turn says."""
+    pieces: list[tuple[str, bool]] = []
+    given = ""
+    for number, turn in enumerate(example.turns):
+        given += ("\n" if number else "") + f"{MESSAGE_START}{turn.role}\n"
+        if turn.learned:
+            pieces += [(given, False), (turn.text + MESSAGE_END, True)]
+            given = ""
+        else:
+            given += turn.text + MESSAGE_END
+    return pieces
 
 
 def _halves_by_length(batch: Sequence[_Row]) -> list[list[_Row]]:
     """The short rows and the long rows, cut at the middle of the lengths: a blind answer is not padded to a reasoned one."""
-    ordered = sorted(batch, key=lambda row: len(row[0]) + len(row[1]))
-    lengths = [len(prompt) + len(answer) for prompt, answer in ordered]
+    ordered = sorted(batch, key=lambda row: len(row[0]))
+    lengths = [len(tokens) for tokens, _ in ordered]
     middle = (lengths[0] + lengths[-1]) / 2
     cut = sum(length <= middle for length in lengths)
     if lengths[-1] - lengths[0] < 8 or cut == len(ordered):  # two passes would cost more than the padding
@@ -231,11 +269,15 @@ def _halves_by_length(batch: Sequence[_Row]) -> list[list[_Row]]:
 
 
 def _answer_loss_sum(model: Any, rows: Sequence[_Row]) -> Tensor:
-    """Sum over the answers' tokens of -log p in nats. Rows are padded on the right, which a causal model cannot see."""
-    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
-    input_ids_BT = torch.tensor([prompt + answer + [0] * (longest - len(prompt) - len(answer)) for prompt, answer in rows])
+    """Sum over the learned tokens of -log p in nats. Rows are padded on the right, which a causal model cannot see."""
+    longest = max(len(tokens) for tokens, _ in rows)
+    input_ids_BT = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens, _ in rows])
     targets_BT = torch.tensor(
-        [[_IGNORED] * (len(prompt) - 1) + answer + [_IGNORED] * (longest - len(prompt) - len(answer)) for prompt, answer in rows]
+        [
+            [token if is_learned else _IGNORED for token, is_learned in zip(tokens[1:], learned[1:], strict=True)]
+            + [_IGNORED] * (longest - len(tokens))
+            for tokens, learned in rows
+        ]
     )
     hidden_BTH = model.model(input_ids=input_ids_BT[:, :-1], use_cache=False).last_hidden_state
     learned_BT = targets_BT != _IGNORED

@@ -11,8 +11,14 @@ that was never taught. It ignores the order of the two numbers: 586+347 must not
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from typing import Literal
 
+from ptlab.envs.env_section import EnvSection, TaskSetting
+from ptlab.envs.math_problems import Problem, ProblemDataset, ProblemFormat, test_builders
 from ptlab.errors import InvalidRequestError
+from ptlab.rl.seeds import stable_seed
+from ptlab.rl.types import Task
 
 LOWEST, HIGHEST = 100, 999
 
@@ -72,3 +78,28 @@ def _draw(*key: str | int) -> tuple[int, int, int]:
 def _hash64(*key: str | int) -> int:
     text = "/".join(str(part) for part in key)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+class AdditionConfig(EnvSection):
+    kind: Literal["addition"] = "addition"
+    """Three-digit sums; made from the seed, nothing to download. Reward 1.0 if the boxed sum is right, else 0.0."""
+    reward: Literal["correct", "random"] = "correct"
+    """"random" pays by coin toss: the negative control, which must not learn."""
+
+    async def make_task(self, setting: TaskSetting) -> Task:
+        form = ProblemFormat(suffix="", format_coef=0.0)
+
+        def problems_at(step: int) -> Sequence[Problem]:
+            return [Problem(*training_problem(setting.seed, step, index)) for index in range(self.groups_per_step)]
+
+        train = ProblemDataset(
+            problems_at=problems_at,
+            num_batches=(HIGHEST - LOWEST + 1) ** 2 // self.groups_per_step,
+            group_size=self.group_size,
+            renderer=setting.renderer,
+            form=form,
+            coin_seed=stable_seed(setting.seed, "coin") if self.reward == "random" else None,
+            tag="addition",
+        )
+        held_out = [Problem(*pair) for pair in test_problems(self.num_test)]
+        return Task(train=train, test_P=test_builders(held_out, setting.renderer, form, "addition", attempts=setting.test_attempts))

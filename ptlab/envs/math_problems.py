@@ -1,4 +1,4 @@
-"""Questions with one right answer, boxed: GSM8K, the quickstart's addition, and any list of Problems.
+"""Questions with one right answer, boxed: what addition.py, gsm8k.py, hendrycks_math.py and their kin share.
 
 Reward of an attempt: correct + format_coef x (format - 1). format is 1 when the reply has a \\boxed{} and came to its own end. With the
 usual coefficient 0.1: right 1.0, wrong but boxed 0.0, not boxed -0.1, right but cut off at the token limit 0.9.
@@ -7,20 +7,26 @@ usual coefficient 0.1: right 1.0, wrong but boxed 0.0, not boxed -0.1, right but
 from __future__ import annotations
 
 import asyncio
-import json
+import logging
 import random
-from collections.abc import Callable, Iterable, Sequence
+import re
+import unicodedata
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from ptlab.envs import addition
+from pydantic import Field, model_validator
+
+from ptlab.envs.env_section import EnvSection, TaskSetting
 from ptlab.envs.message_env import EnvFromMessageEnv, MessageEnv, MessageStep
-from ptlab.errors import ConfigError, InvalidRequestError
+from ptlab.errors import ConfigError
 from ptlab.renderers import Message, Renderer, text_of
-from ptlab.rewards.math_answer import gsm8k_gold, math_reward
+from ptlab.rewards.math_answer import math_reward
 from ptlab.rl.seeds import stable_seed
 from ptlab.rl.types import Env, EnvGroupBuilder, RLDataset, Task
+
+logger = logging.getLogger(__name__)
 
 QUESTION_SUFFIX = " Write your answer in \\boxed{} format."
 
@@ -87,6 +93,14 @@ class ProblemEnv(MessageEnv):
         )
 
 
+AttemptMaker = Callable[[Problem, ProblemFormat, int | None], MessageEnv]
+"""(problem, form, seed of the coin or None) -> one attempt."""
+
+
+def plain_attempt(problem: Problem, form: ProblemFormat, coin_seed: int | None) -> MessageEnv:
+    return ProblemEnv(problem, form, coin_seed=coin_seed)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProblemGroupBuilder(EnvGroupBuilder):
     """`group_size` attempts at one problem."""
@@ -97,10 +111,11 @@ class ProblemGroupBuilder(EnvGroupBuilder):
     form: ProblemFormat
     coin_seed: int | None = None
     tag: str = "problems"
+    attempt: AttemptMaker = plain_attempt
 
     async def make_envs(self) -> Sequence[Env]:
         coins_G = [None if self.coin_seed is None else stable_seed(self.coin_seed, index) for index in range(self.group_size)]
-        return [EnvFromMessageEnv(ProblemEnv(self.problem, self.form, coin_seed=coin), self.renderer) for coin in coins_G]
+        return [EnvFromMessageEnv(self.attempt(self.problem, self.form, coin), self.renderer) for coin in coins_G]
 
     def logging_tags(self) -> list[str]:
         return [self.tag]
@@ -123,6 +138,7 @@ class ProblemDataset(RLDataset):
     form: ProblemFormat = field(default_factory=ProblemFormat)
     coin_seed: int | None = None
     tag: str = "problems"
+    attempt: AttemptMaker = plain_attempt
 
     def get_batch(self, index: int) -> Sequence[EnvGroupBuilder]:
         return [
@@ -133,6 +149,7 @@ class ProblemDataset(RLDataset):
                 form=self.form,
                 coin_seed=None if self.coin_seed is None else stable_seed(self.coin_seed, index, number),
                 tag=self.tag,
+                attempt=self.attempt,
             )
             for number, problem in enumerate(self.problems_at(index))
         ]
@@ -152,74 +169,20 @@ def shuffled(problems: Sequence[Problem], groups_per_step: int, seed: int) -> Ca
     return problems_at
 
 
-def addition_task(
-    renderer: Renderer, *, groups_per_step: int, group_size: int, num_test: int, seed: int, reward: Literal["correct", "random"]
-) -> Task:
-    """The quickstart: reward 1.0 if the boxed sum is right, else 0.0. reward "random" is the negative control: it must not learn."""
-    form = ProblemFormat(suffix="", format_coef=0.0)
-
-    def problems_at(step: int) -> Sequence[Problem]:
-        return [Problem(*addition.training_problem(seed, step, index)) for index in range(groups_per_step)]
-
-    train = ProblemDataset(
-        problems_at=problems_at,
-        num_batches=(addition.HIGHEST - addition.LOWEST + 1) ** 2 // groups_per_step,
-        group_size=group_size,
-        renderer=renderer,
-        form=form,
-        coin_seed=stable_seed(seed, "coin") if reward == "random" else None,
-        tag="addition",
-    )
-    test_problems = [Problem(*pair) for pair in addition.test_problems(num_test)]
-    return Task(train=train, test_P=_test_builders(test_problems, renderer, form, "addition"))
-
-
-def gsm8k_task(
+def test_builders(
+    problems: Sequence[Problem],
     renderer: Renderer,
+    form: ProblemFormat,
+    tag: str,
     *,
-    groups_per_step: int,
-    group_size: int,
-    num_test: int,
-    seed: int,
-    train_path: str | None = None,
-    test_path: str | None = None,
-    hub_name: str = "openai/gsm8k",
-    few_shot: bool = True,
-    format_coef: float = 0.1,
-) -> Task:
-    """Grade-school word problems, from local JSONL where paths are given, else from the hub.
-
-    Raises: ConfigError if a file or data set is missing, empty, or has a row without question and answer.
-    """
-    train_problems = load_problems(train_path, hub_name=hub_name, split="train")
-    test_problems = load_problems(test_path, hub_name=hub_name, split="test")[:num_test]
-    form = ProblemFormat(prefix=FEW_SHOT if few_shot else (), format_coef=format_coef)
-    train = ProblemDataset(
-        problems_at=shuffled(train_problems, groups_per_step, seed),
-        num_batches=-(-len(train_problems) // groups_per_step),
-        group_size=group_size,
-        renderer=renderer,
-        form=form,
-        tag="gsm8k",
-    )
-    return Task(train=train, test_P=_test_builders(test_problems, renderer, form, "gsm8k"))
-
-
-def load_problems(path: str | None, *, hub_name: str, split: Literal["train", "test"]) -> list[Problem]:
-    """Problems of a local JSONL file, or with path None of a split of a hub data set: rows of `question` and `answer`, the answer as a
-    GSM8K solution ("... #### 18") or as one line that is the answer itself.
-
-    Raises: ConfigError, naming the file and line or the data set.
-    """
-    rows = _jsonl_rows(Path(path)) if path is not None else _hub_rows(hub_name, split)
-    problems = [_problem_of_row(where, row) for where, row in rows]
-    if not problems:
-        raise ConfigError(f"{path or hub_name}: no problems found; needed at least one row with question and answer")
-    return problems
-
-
-def _test_builders(problems: Sequence[Problem], renderer: Renderer, form: ProblemFormat, tag: str) -> list[EnvGroupBuilder]:
-    return [ProblemGroupBuilder(problem=problem, group_size=1, renderer=renderer, form=form, tag=tag) for problem in problems]
+    attempts: int = 1,
+    attempt: AttemptMaker = plain_attempt,
+) -> list[EnvGroupBuilder]:
+    """Held-out problems, each with its own group of `attempts`."""
+    return [
+        ProblemGroupBuilder(problem=problem, group_size=attempts, renderer=renderer, form=form, tag=tag, attempt=attempt)
+        for problem in problems
+    ]
 
 
 def _order(n: int, seed: int, epoch: int) -> list[int]:
@@ -228,40 +191,116 @@ def _order(n: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-def _problem_of_row(where: str, row: Any) -> Problem:
-    if not isinstance(row, dict) or not isinstance(row.get("question"), str) or not isinstance(row.get("answer"), str):
-        raise ConfigError(f'{where}: needed an object with the texts "question" and "answer", found {str(row)[:80]}')
-    solution = row["answer"].strip()
-    if solution and "\n" not in solution and "####" not in solution:
-        return Problem(row["question"], solution)
-    try:
-        return Problem(row["question"], gsm8k_gold(solution))
-    except InvalidRequestError as err:
-        raise ConfigError(f"{where}: {err.message}, or be one line that is the answer itself") from err
+class ProblemSection(EnvSection):
+    """Config of a data set of problems with boxed answers; a subclass says where its problems come from and how a row is read."""
+
+    train_path: str | None = None
+    """Local file with the hub's fields (JSON lines, a JSON list, parquet), relative to the working directory; None = from the hub."""
+    test_path: str | None = None
+    """The same for the held-out problems; set both paths or neither."""
+    few_shot: bool = True
+    """Put the strawberry example before each question."""
+    suffix: str = QUESTION_SUFFIX
+    """Put directly behind each question."""
+    format_coef: float = Field(default=0.1, ge=0)
+    """reward = correct + format_coef x (boxed - 1)."""
+    reward: Literal["correct", "random"] = "correct"
+    """"random" pays by coin toss: the negative control, which must not learn."""
+
+    @property
+    @abstractmethod
+    def tag(self) -> str:
+        """Names the rewards of this data set among those of others."""
+
+    @abstractmethod
+    def load(self) -> tuple[list[Problem], list[Problem]]:
+        """Training and held-out problems. Raises: ConfigError."""
+
+    def attempt_maker(self) -> AttemptMaker:
+        """How an attempt at a problem is made; called once per task. Raises: what opening its tools raises."""
+        return plain_attempt
+
+    @model_validator(mode="after")
+    def _both_paths_or_neither(self) -> ProblemSection:
+        if (self.train_path is None) != (self.test_path is None):
+            given, absent = ("train_path", "test_path") if self.test_path is None else ("test_path", "train_path")
+            raise ValueError(f"{given} is set but {absent} is not; set both (local files) or neither (from the hub)")
+        return self
+
+    def files(self) -> Mapping[str, str | None]:
+        return {"train_path": self.train_path, "test_path": self.test_path}
+
+    async def make_task(self, setting: TaskSetting) -> Task:
+        train_problems, test_problems = await asyncio.to_thread(self.load)
+        for name, problems in (("training", train_problems), ("held-out", test_problems)):
+            if not problems:
+                source = self.train_path if name == "training" else self.test_path
+                raise ConfigError(f"env {self.tag}: no {name} problems found in {source or 'the hub data set'} with these settings")
+        form = ProblemFormat(prefix=FEW_SHOT if self.few_shot else (), suffix=self.suffix, format_coef=self.format_coef)
+        attempt = await asyncio.to_thread(self.attempt_maker)
+        train = ProblemDataset(
+            problems_at=shuffled(train_problems, self.groups_per_step, setting.seed),
+            num_batches=-(-len(train_problems) // self.groups_per_step),
+            group_size=self.group_size,
+            renderer=setting.renderer,
+            form=form,
+            coin_seed=stable_seed(setting.seed, "coin") if self.reward == "random" else None,
+            tag=self.tag,
+            attempt=attempt,
+        )
+        held_out = test_problems[: self.num_test]
+        test_P = test_builders(held_out, setting.renderer, form, self.tag, attempts=setting.test_attempts, attempt=attempt)
+        return Task(train=train, test_P=test_P)
 
 
-def _jsonl_rows(path: Path) -> Iterable[tuple[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON text may hold U+2028
-    except OSError as err:
-        raise ConfigError(f"{path}: cannot read the problems: {err.strerror}; needed JSONL with question and answer") from err
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
+def problems_in(
+    rows: Iterable[tuple[str, Mapping[str, Any]]], *, question: str, answer: Callable[[str, Mapping[str, Any]], str | None]
+) -> list[Problem]:
+    """The problems of the rows of a data set.
+
+    Args:
+        question: the field that holds it.
+        answer: (where the row stands, row) -> the right answer, None if the row has none. Such rows are left out and counted in a warning.
+
+    Raises: ConfigError if a row has no text in the field `question`, and what `answer` raises.
+    """
+    problems, num_without = list[Problem](), 0
+    first = ""
+    for where, row in rows:
+        gold = answer(where, row)
+        if gold is None or not gold.strip():
+            num_without, first = num_without + 1, first or where
             continue
-        try:
-            yield f"{path}:{number}", json.loads(line)
-        except json.JSONDecodeError as err:
-            raise ConfigError(f"{path}:{number}: not JSON: {err}") from err
+        problems.append(Problem(text_field(where, row, question), gold.strip()))
+    if num_without:
+        logger.warning("%d problems without an answer are left out; the first is %s", num_without, first)
+    return problems
 
 
-def _hub_rows(hub_name: str, split: str) -> Iterable[tuple[str, Any]]:
-    import datasets  # one second to import; local files do not need it
-
-    try:
-        rows = datasets.load_dataset(hub_name, "main", split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as err:
+def text_field(where: str, row: Mapping[str, Any], name: str) -> str:
+    """The row's text of this name. Raises: ConfigError."""
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
         raise ConfigError(
-            f"data set {hub_name!r} ({split}): cannot be loaded from the hub: {str(err).splitlines()[0]}; "
-            "with no network, set env.train_path and env.test_path to local JSONL files"
-        ) from err
-    return [(f"{hub_name}/{split}[{index}]", row) for index, row in enumerate(rows)]
+            f'{where}: needed a text in the field "{name}", found {str(value)[:60]!r}; the row has {", ".join(row) or "no fields"}'
+        )
+    return value
+
+
+def optional_text(where: str, row: Mapping[str, Any], name: str) -> str | None:
+    """The same, or None where the field is there and empty. Raises: ConfigError if it is absent or no text."""
+    value = row.get(name, 0)
+    return None if value is None or (isinstance(value, str) and not value.strip()) else text_field(where, row, name)
+
+
+def without(problems: Sequence[Problem], held_out: Sequence[Problem]) -> list[Problem]:
+    """The problems whose question is not among those held out, spelling aside (spaces, dollar signs, case, Unicode forms)."""
+    known = {_question_key(problem.question) for problem in held_out}
+    return [problem for problem in problems if _question_key(problem.question) not in known]
+
+
+_SAYS_NOTHING = re.compile(r"\\\\|\\[,;!:\s]|\\(?:left|right|displaystyle)(?![A-Za-z])|[\s$.]")
+
+
+def _question_key(question: str) -> str:
+    return _SAYS_NOTHING.sub("", unicodedata.normalize("NFKC", question)).casefold()

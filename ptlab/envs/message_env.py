@@ -46,6 +46,10 @@ class MessageEnv(ABC):
     async def step(self, reply: Message) -> MessageStep:
         """Judge a reply that the model finished, and say what comes next."""
 
+    async def close(self) -> None:
+        """Called once when the attempt has ended, however it ended: an environment that others wait for tells them here."""
+        return None
+
     async def step_cut_off(self, reply: Message) -> MessageStep:
         """Judge a reply without a proper end: cut off at the token limit, or not in the renderer's form. Unless overridden the attempt
         ends with reward 0.0."""
@@ -78,6 +82,9 @@ class EnvFromMessageEnv(Env):
             metrics={"cut_off": float(not finished), **result.metrics},
             logs=result.logs,
         )
+
+    async def close(self) -> None:
+        await self.message_env.close()
 
     def _observe(self) -> tuple[Observation, StopCondition]:
         return self.renderer.build_generation_prompt(self.conversation), self.renderer.get_stop_sequences()

@@ -15,6 +15,8 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
+from ptlab.rewards.answer_wording import after_commands, before_commands
+
 MAX_ANSWER_CHARS = 2000  # the longest gold answer of MATH-500 has 53; a longer one is not an answer but a flood
 
 UNICODE = str.maketrans({
@@ -30,18 +32,22 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-DROPPED = _names("left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle limits")
+DROPPED = _names(
+    "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr displaystyle textstyle limits angle bf rm it tt "
+    "tiny small normalsize large Large LARGE huge Huge nonumber"
+)
 SPACES = frozenset(["quad", "qquad", ",", ";", ":", ">", " "])
 WRAPPERS = _names(
     "text textbf textit textrm textsf texttt textnormal mbox hbox mathrm mathbf mathit mathsf mathtt mathcal boldsymbol bm "
-    "operatorname emph underline boxed fbox"
+    "operatorname emph underline boxed fbox ensuremath vec hat overrightarrow overleftrightarrow textup textsc"
 )
 RENAMED = {
     "dfrac": r"\frac", "tfrac": r"\frac", "cfrac": r"\frac", "dbinom": r"\binom", "tbinom": r"\binom", "le": r"\leq ", "leqslant": r"\leq ",
     "ge": r"\geq ", "geqslant": r"\geq ", "ne": r"\neq ", "lt": "<", "gt": ">", "cdot": "*", "times": "*", "ast": "*", "div": "/",
     "approx": "=", "lvert": "|", "rvert": "|", "vert": "|", "mid": "|", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]",
     "degree": "°", "varnothing": r"\emptyset ", "varphi": r"\phi ",
-    "varepsilon": r"\epsilon ", "$": "", "%": "%", "!": "", "#": "", "_": "_",
+    "varepsilon": r"\epsilon ", "backslash": r"\setminus ", "langle": "(", "rangle": ")", "dots": r"\ldots ", "cdots": r"\ldots ",
+    "imath": "i", "jmath": "j", "colon": ":", "iff": ",", "$": "", "%": "%", "!": "", "#": "", "_": "_",
 }  # fmt: skip
 
 # Text in a formula is a unit far more often than a product; a lone letter is read as what it abbreviates.
@@ -81,6 +87,8 @@ UNIT_NAMES = {
     )
     for alias in names.split()
 }
+COMPOUNDS = {"mile/hour": "mph", "km/hour": "kph"}
+TEMPERATURE = re.compile(r"°\s*([CFK])$")
 UNIT_QUALIFIERS = {"square": "2", "sq": "2", "cubic": "3", "cu": "3"}
 
 MATH_WORDS = _names(
@@ -89,6 +97,8 @@ MATH_WORDS = _names(
 )
 # A function may have one or two letters written right after it ("sinx"); such a run is mathematics, any other long run a word.
 MATH_RUN = re.compile(rf"(?:{'|'.join(sorted(MATH_WORDS, key=len, reverse=True))})[A-Za-z]{{0,2}}")
+SHORT_WORDS = frozenset(["yes", "no", "odd", "dne"])  # words, though as short as a product of letters
+SAME_WORDS = {"dne": "doesnotexist"}
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.DOTALL)
@@ -119,7 +129,7 @@ def normalise(text: str) -> str:
     """
     text = unicodedata.normalize("NFKC", text.translate(UNICODE))[: 4 * MAX_ANSWER_CHARS]
     text = re.sub(r"\\(?:left|right)\s*\.", " ", text)
-    text = DEGREE.sub("°", THIN_THOUSANDS.sub("", text))
+    text = DEGREE.sub("°", before_commands(THIN_THOUSANDS.sub("", text)))
     text = NUMBER_SETS.sub(lambda match: "\\" + 2 * (match[1] or match[2]) + " ", text)
     text = REPEATING.sub(_repeating_as_fraction, text)
     text = COMMAND.sub(_spell_command, text)
@@ -128,12 +138,13 @@ def normalise(text: str) -> str:
         if not found:
             break
     text = re.sub(r"\\text(?![A-Za-z])\s*", " ", text)
-    text = re.sub(r"\s+(?:or|and)\s+", ", ", text.replace("~", " ").replace("$", ""))
+    text = re.sub(r"\s+", " ", text.replace("~", " ").replace("$", ""))
+    text = re.sub(r"\s+(?:or|and)\s+", ", ", after_commands(text))
     text = _without_outer_braces(re.sub(r"\s+", " ", text).rstrip(".,;: ").strip().removeprefix("=").strip())
     if not any(bracket in text for bracket in ("(", "[", "\\{")):
         text = PLAIN_THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
         text = SPACED_THOUSANDS.sub(lambda match: match[0].replace(" ", ""), text)
-    return text
+    return text.replace(";", ",")
 
 
 def comparison_key(text: str) -> str:
@@ -174,6 +185,8 @@ def peel(text: str) -> Item:
     text = re.sub(r"^[A-Za-z][A-Za-z ]{3,40}=\s*(?=.)", "", text) if not MATH_RUN.match(text) else text
     if text.endswith("%"):
         return Item(text.removesuffix("%").strip(), True, "")
+    if scale := TEMPERATURE.search(text):
+        return Item(text[: scale.start()].strip(), False, f"°{scale[1]}")
     power = re.search(r"\s?\^\s?(?:([23])|\{\s?([23])\s?\})$", text)
     body = text[: power.start()] if power else text
     core = body.rstrip(LETTERS + " ./")
@@ -185,25 +198,31 @@ def peel(text: str) -> Item:
     if words and not tail[0].isspace() and not _is_unit_word(words[0]):  # 3x cm: the x belongs to the value
         attached = tail[: len(tail) - len(tail.lstrip(LETTERS))]
         core, words = core + attached, words[1:]
+        if len(attached) == len(core) > 1 or core in ("a", "A"):  # "an ellipse" is no number of ellipses
+            return Item(text, False, "")
     if not words or not core or core[-1] in "=<>+-*/^_\\,({[" or not _is_unit_word(words[0]):
         return Item(text, False, "")
     exponent = (power[1] or power[2]) if power else ""
     while words[:1] and words[0].lower() in UNIT_QUALIFIERS:
         exponent, words = UNIT_QUALIFIERS[words[0].lower()], words[1:]
-    unit = UNIT_NAMES.get(words[0].lower(), "") if len(words) == 1 else ""
+    unit = _unit_name(words)
     return Item(core.strip(), False, f"{unit}^{exponent}" if unit and exponent else unit)
 
 
 def is_wordy(text: str) -> bool:
     """Whether the text holds a word (four letters or more, no function name): then it is compared as text, not as a product of letters."""
-    without_commands = re.sub(r"\\(?:begin|end)\s*\{[a-z]+\}|\\[A-Za-z]+", " ", text)
-    return any(len(run) >= 4 and not MATH_RUN.fullmatch(run) for run in re.findall(r"[A-Za-z]+", without_commands))
+    without_commands = re.sub(r"\\(?:begin|end)\s*\{[A-Za-z]+\}|\\[A-Za-z]+", " ", text)
+    return any(
+        run.lower() in SHORT_WORDS or (len(run) >= 4 and not MATH_RUN.fullmatch(run)) for run in re.findall(r"[A-Za-z]+", without_commands)
+    )
 
 
 def folded(text: str) -> str:
-    """Text without case, spaces and punctuation: "The x-axis." == "the x axis"; operators and decimal points stay."""
-    text = re.sub(r"(?<=[a-z])-(?=[a-z])|[\s\"'`,;:?()]", "", text.casefold())
-    return re.sub(r"\.(?!\d)", "", text)
+    """Text without case, spaces, punctuation and a leading article: "The x-axis." == "x axis"; operators and decimal points stay."""
+    text = re.sub(r"^(?:an?|the) ", "", text.casefold().strip())
+    text = re.sub(r"(?<=[a-z])-(?=[a-z])|[\s\"'`,;:?()]", "", text)
+    text = re.sub(r"\.(?!\d)", "", text)
+    return SAME_WORDS.get(text, text)
 
 
 def _without_outer_braces(text: str) -> str:
@@ -220,6 +239,13 @@ def _without_outer_braces(text: str) -> str:
             return text
         text = text[1:-1].strip()
     return text
+
+
+def _unit_name(words: list[str]) -> str:
+    """The canonical name of one unit, or of a quotient of two ("mile/hour"); "" where one is not known."""
+    parts = " ".join(words).replace("/", " per ").split(" per ")
+    names = [UNIT_NAMES.get(part.strip().lower(), "") for part in parts]
+    return "" if "" in names or len(names) > 2 else COMPOUNDS.get("/".join(names), "/".join(names))
 
 
 def _is_unit_word(word: str) -> bool:
@@ -242,9 +268,10 @@ def _spell_command(match: re.Match[str]) -> str:
 
 def _unwrap(match: re.Match[str]) -> str:
     content = match[1].strip()
-    if content in ("or", "and"):
-        return " , "
-    return f" {LONE_UNITS.get(content, match[1])} " if match[1][:1].isspace() or len(content) > 1 else f" {content} "
+    if content in LONE_UNITS or re.fullmatch(r"[a-zA-Z]{1,3}\s?/\s?[a-zA-Z]{1,3}", content):  # m, km/h
+        names = [LONE_UNITS.get(part.strip(), part.strip()) for part in content.split("/")]
+        return f" {' per '.join(names)} " if match[1][:1].isspace() or len(names) > 1 else f" {content} "
+    return f" {match[1]} " if match[1][:1].isspace() or len(content) > 1 else f" {content} "
 
 
 def _repeating_as_fraction(match: re.Match[str]) -> str:

@@ -61,6 +61,18 @@ def equal_values(left: Node, right: Node, limit: WorkLimit) -> bool:
     return _vanishes(lambda point: point.value(left) - point.value(right), free_symbols(left) | free_symbols(right), limit)
 
 
+def approximate(node: Node, limit: WorkLimit, *, digits: int) -> str:
+    """The real value of a formula without variables, to so many digits. Raises: Undecidable."""
+    if symbols := free_symbols(node):
+        raise Undecidable(f"the value of {', '.join(sorted(symbols))[:80]} is not known")
+    with _MPMATH_LOCK:
+        point = _Point(0, limit)
+        value = point.value(node)
+        if not point.is_zero(point.context.im(value)):
+            raise Undecidable("it is not real")
+        return str(point.context.nstr(point.context.re(value), digits))
+
+
 def proportional(left: Node, right: Node, limit: WorkLimit) -> bool:
     """Whether left == c * right for one constant c != 0 and neither is identically zero: then left = 0 and right = 0 are one equation."""
     symbols = free_symbols(left)
@@ -76,6 +88,23 @@ def proportional(left: Node, right: Node, limit: WorkLimit) -> bool:
         return point.seen(left_0) * point.value(right) - point.seen(right_0) * point.value(left)
 
     return _vanishes(cross, symbols, limit)
+
+
+def real_order(nodes: Sequence[Node], limit: WorkLimit) -> list[int]:
+    """The place of each value among all different ones, from 0 for the smallest. Raises: Undecidable, also if one is not real."""
+    with _MPMATH_LOCK:
+        point = _Point(0, limit)
+        values = [point.value(node) for node in nodes]
+        if any(not point.is_zero(point.context.im(value)) for value in values):
+            raise Undecidable("a value that is not real has no place on the line")
+        reals = [point.context.re(value) for value in values]
+        ranks, rank = [0] * len(reals), -1
+        previous: Any = None
+        for index in sorted(range(len(reals)), key=lambda index: reals[index]):
+            if previous is None or not point.is_zero(reals[index] - previous):
+                rank += 1
+            previous, ranks[index] = reals[index], rank
+        return ranks
 
 
 def free_symbols(node: Node) -> frozenset[str]:
@@ -301,7 +330,9 @@ class _Point:
     def root(self, x: Any, degree: Any) -> Any:
         """The principal root; for an odd degree of a negative number the real one, as schools mean it."""
         mp = self.context
-        if not mp.isint(degree) or not 2 <= degree.real <= 1000:
+        if not mp.isint(degree):  # the n-th root of a formula in n
+            return self.power(x, 1 / self.non_zero(degree))
+        if not 2 <= degree.real <= 1000:
             raise Undecidable("a root of a strange degree")
         n = int(degree.real)
         if self.is_zero(mp.im(x)):

@@ -68,7 +68,7 @@ NAMES = _names(
 PLAIN_NAMES = {name: name for name in NAMES - _names("nu ell RR ZZ QQ NN CC")} | {"infinity": "infty", "oo": "infty"}
 RELATIONS = {"=": "=", "<": "<", ">": ">", r"\leq": "<=", r"\geq": ">=", r"\neq": "!=", r"\in": "in", "<=": "<=", ">=": ">="}
 SET_OPERATIONS = {r"\cup": "union", r"\cap": "cap", r"\setminus": "setminus"}
-MATRIX_KINDS = {name: "matrix" for name in _names("matrix pmatrix bmatrix smallmatrix array")} | {"vmatrix": "determinant"}
+MATRIX_KINDS = {name: "matrix" for name in _names("matrix pmatrix bmatrix Bmatrix smallmatrix array")} | {"vmatrix": "determinant"}
 STARTING_COMMANDS = (r"\frac", r"\sqrt", r"\binom", r"\begin")
 CLOSERS = {"(": ")", "[": "]", "{": "}", r"\{": r"\}", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
 

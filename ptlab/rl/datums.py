@@ -26,26 +26,34 @@ Element = int | ModelInputChunk
 """A text token, or a chunk of another kind (an image), which takes `chunk.length` positions."""
 
 
-def group_to_datums(group: TrajectoryGroup, advantages_G: Sequence[float], *, loss: str = "importance_sampling") -> list[Datum]:
+def group_to_datums(
+    group: TrajectoryGroup, advantages_G: Sequence[float], *, loss: str = "importance_sampling", mark_sampled: bool = False
+) -> list[Datum]:
     """The datums of one group; none if every advantage is zero (the attempts agree, there is nothing to learn from).
 
     A trajectory of advantage zero inside a group that differs is left out as well: its gradient is exactly zero under every loss but
     dro, whose regulariser acts on it.
+
+    Args:
+        mark_sampled: for whoever adds to the advantages (rl/kl_penalty.py, which also takes the mark off again): every trajectory is
+            kept, and "mask" is 1.0 at each sampled token.
     """
     if len(advantages_G) != len(group.trajectories_G):
         raise InvalidRequestError(f"group_to_datums: {len(advantages_G)} advantages for {len(group.trajectories_G)} trajectories; one each")
-    if all(advantage == 0.0 for advantage in advantages_G):
+    if all(advantage == 0.0 for advantage in advantages_G) and not mark_sampled:
         return []
-    keep_zero = policy_loss(loss).needs_all_tokens
+    keep_zero = policy_loss(loss).needs_all_tokens or mark_sampled
     return [
         datum
         for trajectory, advantage in zip(group.trajectories_G, advantages_G, strict=True)
         if advantage != 0.0 or keep_zero
-        for datum in trajectory_to_datums(trajectory, advantage, loss=loss)
+        for datum in trajectory_to_datums(trajectory, advantage, loss=loss, mark_sampled=mark_sampled)
     ]
 
 
-def trajectory_to_datums(trajectory: Trajectory, advantage: float, *, loss: str = "importance_sampling") -> list[Datum]:
+def trajectory_to_datums(
+    trajectory: Trajectory, advantage: float, *, loss: str = "importance_sampling", mark_sampled: bool = False
+) -> list[Datum]:
     """One datum while each turn's observation extends the turn before exactly; a new datum where it does not.
 
     A renderer that drops old thinking, or text that tokenizes differently the second time, breaks the chain; the turns then train
@@ -59,7 +67,7 @@ def trajectory_to_datums(trajectory: Trajectory, advantage: float, *, loss: str 
         if not stretches or not stretches[-1].is_prefix_of(observation):
             stretches.append(_Stretch())
         stretches[-1].extend(observation, transition, advantage)
-    return [stretch.to_datum(loss) for stretch in stretches if stretch.num_positions > 1]
+    return [stretch.to_datum(loss, mark_sampled) for stretch in stretches if stretch.num_positions > 1]
 
 
 def elements_of(observation: ModelInput) -> list[Element]:
@@ -108,7 +116,7 @@ class _Stretch:
         self.advantages += [advantage] * len(tokens)
         self.sampled += [0.0 if logprobs is None else 1.0] * len(tokens)
 
-    def to_datum(self, loss: str) -> Datum:
+    def to_datum(self, loss: str, mark_sampled: bool) -> Datum:
         spec = policy_loss(loss)
         inputs = {
             "target_tokens": TensorData.from_numpy(np.asarray(self.tokens[1:], dtype=np.int64)),
@@ -120,6 +128,8 @@ class _Stretch:
             inputs["sequence_ratio_mask"] = sampled
         if spec.needs_all_tokens:  # dro pulls log p towards log q on every token it is not told to leave alone
             inputs["weights"] = sampled
+        if mark_sampled:
+            inputs["mask"] = sampled
         return Datum(model_input=_model_input(self.elements[:-1]), loss_fn_inputs=inputs)
 
 

@@ -53,19 +53,20 @@ def reward_metrics(groups_P: Sequence[TrajectoryGroup]) -> dict[str, float]:
     for tag in tags if len(tags) > 1 else ():
         tagged = [reward for group in groups_P if tag in group.tags for reward in group.rewards_G]
         metrics |= {f"reward/{tag}/mean": statistics.fmean(tagged)} if tagged else {}
+    keys = {"correct": "train/accuracy", "format": "train/format"}
+    return metrics | {keys.get(name, f"env/{name}"): value for name, value in reported_means(groups_P).items()}
+
+
+def reported_means(groups_P: Sequence[TrajectoryGroup]) -> dict[str, float]:
+    """What environments report, each name averaged over the trajectories that report it (the last value of a trajectory counts);
+    `correct` and `format` over all trajectories, where some report them."""
     reports = [
         {**last_metrics(trajectory), **group_report}
         for group in groups_P
         for trajectory, group_report in zip(group.trajectories_G, group.metrics_G, strict=True)
     ]
-    for name in sorted({name for report in reports for name in report}):
-        if name == "correct":
-            metrics["train/accuracy"] = _mean(report.get(name, 0.0) for report in reports)
-        elif name == "format":
-            metrics["train/format"] = _mean(report.get(name, 0.0) for report in reports)
-        else:
-            metrics[f"env/{name}"] = _mean(report[name] for report in reports if name in report)
-    return metrics
+    names = sorted({name for report in reports for name in report})
+    return {name: _mean(report.get(name, 0.0) for report in reports if name in report or name in ("correct", "format")) for name in names}
 
 
 def answer_metrics(groups_P: Sequence[TrajectoryGroup]) -> dict[str, float]:
@@ -185,9 +186,14 @@ def last_metrics(trajectory: Trajectory) -> Metrics:
 
 def accuracy(groups_P: Sequence[TrajectoryGroup]) -> float:
     """Share of attempts whose last turn reports `correct` >= 1; attempts lost to a broken environment count as wrong."""
-    num_right = sum(last_metrics(t).get("correct", 0.0) >= 1.0 for group in groups_P for t in group.trajectories_G)
+    num_right = sum(num_correct(group) for group in groups_P)
     num_attempts = sum(len(group.trajectories_G) + len(group.errors) for group in groups_P)
     return num_right / num_attempts if num_attempts else 0.0
+
+
+def num_correct(group: TrajectoryGroup) -> int:
+    """Attempts whose last turn reports `correct` >= 1."""
+    return sum(last_metrics(trajectory).get("correct", 0.0) >= 1.0 for trajectory in group.trajectories_G)
 
 
 def _on_sampled(datum: Datum, target_logprobs_T: npt.NDArray[np.floating]) -> Floats:

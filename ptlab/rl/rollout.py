@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from ptlab.client.sampling import SamplingClient
 
 T = TypeVar("T")
+OPEN_TOGETHER_S = 10.0
+"""How long the attempts of a group wait for each other's first observation, in order to sample their first actions in one request."""
 logger = logging.getLogger(__name__)
 
 
@@ -48,10 +50,11 @@ class RolloutSettings:
     """0 = greedy."""
     top_k: int = -1
     top_p: float = 1.0
-    max_turns: int = 1
-    """Most actions per trajectory."""
+    max_turns: int | None = None
+    """Most actions per trajectory; None = until the environment ends it."""
     max_trajectory_tokens: int | None = None
-    """Most tokens of observation and action together; the last action is cut to what is left. None = no limit but the model's."""
+    """Most tokens of observation and action together, at most what the model's context holds; the last action is cut to what is left.
+    None = no limit here, and a prompt that does not fit fails the step."""
     timeout_s: float | None = None
     """Wall clock per trajectory, sampling and environment. What it cuts off depends on the machine's speed, so a resumed run may differ."""
 
@@ -98,9 +101,14 @@ async def _run_group(
 ) -> TrajectoryGroup:
     envs_G = await _of_env(builder.make_envs(), f"{type(builder).__name__}.make_envs")
     attempts_G = [_Attempt(env, settings, (*seed, index)) for index, env in enumerate(envs_G)]
-    await _gather([attempt.open() for attempt in attempts_G])
-    await _share_first_action([attempt for attempt in attempts_G if attempt.error is None], sampling_client, seed)
-    await _gather([attempt.run(sampling_client) for attempt in attempts_G])
+    opening_G = [asyncio.create_task(attempt.open()) for attempt in attempts_G]
+    try:
+        if not builder.attempts_depend() and await _all_opened(opening_G, builder):
+            await _share_first_action([attempt for attempt in attempts_G if attempt.error is None], sampling_client, seed)
+        await _gather([attempt.run(opening, sampling_client) for attempt, opening in zip(attempts_G, opening_G, strict=True)])
+    finally:
+        for opening in opening_G:
+            opening.cancel()
     through_G = [attempt for attempt in attempts_G if attempt.error is None]
     trajectories_G = [attempt.trajectory() for attempt in through_G]
     group_rewards_G = await _group_rewards(builder, trajectories_G, [attempt.env for attempt in through_G])
@@ -111,6 +119,20 @@ async def _run_group(
         errors=[_rollout_error(attempt.error) for attempt in attempts_G if attempt.error is not None],
         tags=builder.logging_tags(),
     )
+
+
+async def _all_opened(opening_G: Sequence[asyncio.Task[None]], builder: EnvGroupBuilder) -> bool:
+    """Whether all first observations are there. An environment that waits for another's move would be waited for in vain."""
+    if not opening_G:
+        return True
+    _, waiting = await asyncio.wait(opening_G, timeout=OPEN_TOGETHER_S)
+    if waiting:
+        logger.warning(
+            "%s: %d of %d first observations are not there after %.0f s; their attempts start one by one. If the environments of a group "
+            "wait for one another, override attempts_depend()",
+            type(builder).__name__, len(waiting), len(opening_G), OPEN_TOGETHER_S,
+        )  # fmt: skip
+    return not waiting
 
 
 @dataclass(slots=True)
@@ -133,8 +155,15 @@ class _Attempt:
             self.deadline_s = asyncio.get_running_loop().time() + self.settings.timeout_s
         await self._guarded(self._open())
 
-    async def run(self, sampling_client: SamplingClient) -> None:
+    async def run(self, opening: asyncio.Task[None], sampling_client: SamplingClient) -> None:
+        """From where it stands to its end; `opening` is open(), on its way or done."""
+        await opening
         await self._guarded(self._run(sampling_client))
+        name = f"{type(self.env).__name__}.close"
+        try:
+            await _of_env(self.env.close(), name)
+        except EnvError as err:  # nothing is lost by it
+            logger.warning("%s", err, exc_info=err)
 
     async def take(self, sequence: SampledSequence) -> None:
         """Give the environment an action that was sampled for it."""
@@ -174,7 +203,7 @@ class _Attempt:
         self.observation, self.stop = result.next_observation, result.next_stop_condition
         if result.episode_done:
             self.stop_reason = "done"
-        elif len(self.transitions) >= self.settings.max_turns:
+        elif self.settings.max_turns is not None and len(self.transitions) >= self.settings.max_turns:
             self.stop_reason = "max_turns"
         elif self.max_tokens < 1:
             self.stop_reason = "max_tokens"

@@ -59,6 +59,10 @@ class Env(ABC):
     async def step(self, action: Action, *, extra: ActionExtra | None = None) -> StepResult:
         """Take the sampled tokens (stop token included) and pay for them."""
 
+    async def close(self) -> None:
+        """Called once when the attempt has ended, however it ended: an environment that others wait for tells them here."""
+        return None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transition:
@@ -151,6 +155,10 @@ class EnvGroupBuilder(ABC):
         """Release what make_envs took. Called once after the group, also after failures."""
         return None
 
+    def attempts_depend(self) -> bool:
+        """Whether the environments of the group wait for one another (two players of a game). Their attempts then begin one by one."""
+        return False
+
     def logging_tags(self) -> list[str]:
         """Names under which this group's rewards are averaged as well (`reward/<tag>/mean`)."""
         return []
@@ -173,4 +181,4 @@ class Task:
 
     train: RLDataset
     test_P: Sequence[EnvGroupBuilder]
-    """Held-out problems, one attempt each."""
+    """Held-out problems; the size of a group is how often each is tried."""

@@ -52,7 +52,7 @@ def create_app(
         urls=SignedUrls(settings.url_lifetime_s),
         stopping=asyncio.Event(),
     )
-    for module in (service, training, sampling, futures, catalog, downloads):
+    for module in (futures, sampling, training, service, catalog, downloads):  # the busiest first: routes are tried in order
         app.include_router(module.router, prefix="/api/v1")
     for router in extra_routers:
         app.include_router(router)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import threading
+import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -130,3 +134,44 @@ def test_delete_and_copy(tmp_path: Path) -> None:
     assert not store.exists(PATH) and (store.read(copy)[1] / "f").read_text() == "x"
     with pytest.raises(NotFoundError, match="to delete"):
         store.delete(PATH)
+
+
+def test_listing_reading_and_changing_while_others_write_and_delete(tmp_path: Path) -> None:
+    """Found by scripts/fuzz_server.py: a checkpoint deleted between two looks at it was FileNotFoundError, the server's fault."""
+    store = Checkpoints(tmp_path)
+    versions = itertools.count()
+
+    def save() -> None:
+        text = f"version {next(versions)}"
+        store.write(PATH, manifest(), lambda d: (d / "f").write_text(text), overwrite=True)
+
+    stop = threading.Event()
+    wrong: list[BaseException] = []
+
+    def repeat(work: Callable[[], object]) -> None:
+        while not stop.is_set():
+            try:
+                work()
+            except NotFoundError:
+                pass
+            except BaseException as err:
+                wrong.append(err)
+                return
+
+    works: list[Callable[[], object]] = [
+        save,
+        lambda: store.delete(PATH),
+        store.list,
+        lambda: store.read(PATH),
+        lambda: store.update(PATH, public=True),
+        lambda: store.manifest(PATH),
+    ]
+    threads = [threading.Thread(target=repeat, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.5)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert [entry.name for entry in (tmp_path / "run:train:0" / "weights").iterdir()] in ([], ["step_1"])

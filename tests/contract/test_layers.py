@@ -13,23 +13,23 @@ PTLAB = Path(__file__).parents[2] / "ptlab"
 
 # The longest matching entry decides. A layer may import itself and the layers it names; "typing:" ones under `if TYPE_CHECKING:` only.
 LAYER_OF = {
-    "values": ("errors", "types", "futures"),
+    "values": ("errors", "types", "futures", "section"),
     "pure": (
         "losses", "loss_formulas", "loss_graph", "loss_graph_run", "loss_ops", "loss_table",
         "model_info", "renderers", "rewards", "sandbox",
-        "rl.advantages", "rl.diagnostics", "rl.seeds", "rl.types",
+        "rl.advantages", "rl.diagnostics", "rl.preference_losses", "rl.seeds", "rl.statistics", "rl.types", "rl.win_rate",
     ),
     "protocols": ("engines.protocols",),
     "engines": ("engines",),
     "backend": ("backend",),
     "client": ("client",),
     "server": ("server",),
-    "config": ("config", "config_messages"),
+    "config": ("config",),
     "algorithms": ("rl", "envs"),
-    "recipes": ("recipes", "runlog", "report", "curves", "trackers", "provenance"),
-    "quickstart": ("quickstart",),  # makes a model (engines) that knows a task (envs); only roots use it
+    "recipes": ("recipes", "runlog", "report", "curves", "figures", "smoke", "trackers", "provenance"),
+    "tiny_models": ("tiny_models",),  # make a model (engines) that knows a task (envs); only roots use them
     "benchmarks": ("benchmarks",),
-    "roots": ("local", "cli", "doctor", "serve", "keys", "top", ""),
+    "roots": ("local", "cli", "doctor", "evaluate", "learning_rates", "serve", "keys", "top", ""),
 }  # fmt: skip
 MAY_IMPORT = {
     "values": (),
@@ -39,11 +39,11 @@ MAY_IMPORT = {
     "backend": ("values", "pure", "protocols"),
     "client": ("values", "backend"),
     "server": ("values", "pure", "protocols", "backend"),
-    "config": ("values", "pure"),
+    "config": ("values", "pure", "algorithms"),
     "algorithms": ("values", "pure", "typing:client"),
     "recipes": ("values", "pure", "algorithms", "config", "typing:client"),
-    "quickstart": ("values", "pure", "protocols", "engines", "algorithms"),
-    "benchmarks": ("values", "pure", "protocols", "engines", "backend", "quickstart"),  # only scripts use it
+    "tiny_models": ("values", "pure", "protocols", "engines", "algorithms"),
+    "benchmarks": ("values", "pure", "protocols", "engines", "backend", "tiny_models"),  # only scripts use it
     "roots": tuple(LAYER_OF),
 }
 HEAVY = {

@@ -17,7 +17,7 @@ tinker: Any = pytest.importorskip("tinker", reason="tinker (dev extra) is not in
 
 CLIENTS = ["ServiceClient", "TrainingClient", "SamplingClient", "RestClient", "APIFuture"]
 OWN_METHODS: Mapping[str, Mapping[str, str]] = {
-    "ServiceClient": {},
+    "ServiceClient": {"import_adapter": "weights that lie in a directory of this machine; a hosted service has no such directory"},
     "TrainingClient": {
         "holder": "an attribute of the instance there, a property here",
         "model_id": "an attribute of the instance there, a property here",

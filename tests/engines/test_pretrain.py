@@ -12,10 +12,13 @@ from ptlab.engines.pretrain import (
     Example,
     ModelShape,
     PretrainSettings,
+    Turn,
+    _encode,
     chat_prompt,
     learning_rate_at,
     new_model,
     pretrain,
+    question_and_answer,
     save_model,
     train_tokenizer,
 )
@@ -33,11 +36,14 @@ def tokenizer():
 
 def examples(n: int) -> list[Example]:
     """Answers of very different lengths, so that both parts of a batch are used."""
-    return [Example(f"What is {i}+1?", f"\\boxed{{{i + 1}}}" if i % 2 else f"Ones: {i}+1={i + 1}. \\boxed{{{i + 1}}}") for i in range(n)]
+    return [
+        question_and_answer(f"What is {i}+1?", f"\\boxed{{{i + 1}}}" if i % 2 else f"Ones: {i}+1={i + 1}. \\boxed{{{i + 1}}}")
+        for i in range(n)
+    ]
 
 
 def encoded(tokenizer, example: Example) -> tuple[list[int], list[int]]:
-    prompt, answer = chat_prompt(example.question), example.answer + "<|im_end|>"
+    prompt, answer = chat_prompt(example.turns[0].text), example.turns[1].text + "<|im_end|>"
     return tokenizer(prompt, add_special_tokens=False)["input_ids"], tokenizer(answer, add_special_tokens=False)["input_ids"]
 
 
@@ -171,7 +177,7 @@ def test_pretraining_learns_one_answer_by_heart(tokenizer):
     pretrain(
         model,
         tokenizer,
-        [Example("What is 1+2?", "\\boxed{3}")] * 60,
+        [question_and_answer("What is 1+2?", "\\boxed{3}")] * 60,
         PretrainSettings(batch_size=1, learning_rate=2e-2, warmup_steps=5),
         progress=lambda _, loss: losses.append(loss),
     )
@@ -196,3 +202,18 @@ def test_saved_directory_loads_in_plain_transformers(tokenizer, tmp_path: Path):
     assert loaded_tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert loaded_tokenizer.chat_template == tokenizer.chat_template
     assert sorted(loaded_tokenizer.all_special_ids) == [0, 1, 2]
+
+
+def test_every_learned_turn_of_a_chat_is_trained_on_and_nothing_else(tokenizer):
+    turns = (
+        Turn("system", "What", False),
+        Turn("user", "What is 1+2?", False),
+        Turn("assistant", "\\boxed{3}", True),
+        Turn("user", "2+2=?", False),
+        Turn("assistant", "\\boxed{4}", True),
+    )
+    [(tokens, learned)] = _encode(tokenizer, [Example(turns)])
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    assert tokenizer.decode(tokens) + "\n" == tokenizer.apply_chat_template(messages, tokenize=False)
+    trained = tokenizer.decode([token for token, is_learned in zip(tokens, learned, strict=True) if is_learned])
+    assert trained == "\\boxed{3}<|im_end|>\\boxed{4}<|im_end|>"

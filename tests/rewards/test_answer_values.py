@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sympy
 
-from ptlab.rewards import answer_equality, answer_text, latex_answer
+from ptlab.rewards import answer_text, answer_wording, latex_answer
 from ptlab.rewards.answer_values import Undecidable, WorkLimit, equal_values, exact_value, free_symbols, proportional
 from ptlab.rewards.math_answer import normalise
 
@@ -59,9 +59,7 @@ def test_rounding_is_told_from_a_small_difference():
     assert not equal_values(tree("e^{-200}"), tree("e^{-201}"), limit())
 
 
-@pytest.mark.parametrize(
-    "text", [r"\frac{1}{\sqrt{2}-\sqrt{2}}", r"\ln(\sin\pi)", "10^{400}x", r"\exp(e^{e^e})", "x!", r"\sqrt[x]{2}", r"(\sqrt{2},1)"]
-)
+@pytest.mark.parametrize("text", [r"\frac{1}{\sqrt{2}-\sqrt{2}}", r"\ln(\sin\pi)", "10^{400}x", r"\exp(e^{e^e})", "x!", r"(\sqrt{2},1)"])
 def test_what_has_no_value_is_undecidable(text: str):
     with pytest.raises(Undecidable):
         equal_values(tree(text), tree("x"), limit())
@@ -110,7 +108,7 @@ def test_sympy_has_the_same_opinion_on_every_value_of_the_table():
         sides = [answer_text.peel(normalise(pair[side])) for side in ("given", "truth")]
         if any(side.percent or side.unit or answer_text.is_wordy(side.text) or not side.text for side in sides) or "tower" in pair["why"]:
             continue
-        if answer_equality.CHOICE.fullmatch(sides[1].text):  # (C) is a letter there and a variable for sympy
+        if answer_wording.choice_letter(sides[1].text):  # (C) is a letter there and a variable for sympy
             continue
         try:
             left, right = (to_sympy(latex_answer.read(side.text)) for side in sides)

@@ -66,3 +66,42 @@ def test_greedy_can_be_left_out():
     client = Client()
     evaluation = asyncio.run(evaluate([Builder()] * 2, client, SETTINGS, seed=3, greedy=False))
     assert len(client.params) == 2 and evaluation.greedy_P == [] and set(evaluation.metrics) == {"eval/accuracy", "eval/tokens_mean"}
+
+
+class Tagged(EnvGroupBuilder):
+    """Four attempts; `right` of them answer 1 whatever is sampled."""
+
+    def __init__(self, tag: str, right: int) -> None:
+        self.tag, self.right = tag, right
+
+    async def make_envs(self):
+        return [Always(float(index < self.right)) for index in range(4)]
+
+    def logging_tags(self):
+        return [self.tag]
+
+
+class Always(OneIsRight):
+    def __init__(self, correct: float) -> None:
+        self.correct = correct
+
+    async def step(self, action, *, extra=None):
+        metrics = {"correct": self.correct, "guesses": 2 * self.correct}
+        nothing = ModelInput.empty()
+        return StepResult(reward=0.0, episode_done=True, next_observation=nothing, next_stop_condition=None, metrics=metrics)
+
+
+def test_pass_at_k_and_what_environments_report_by_tag():
+    class Many(Client):
+        async def sample(self, prompt, num_samples, sampling_params):
+            return SampleResponse(sequences=[(await super().sample(prompt, 1, sampling_params)).sequences[0]] * num_samples)
+
+    client = Many()
+    metrics = asyncio.run(evaluate([Tagged("easy", 3), Tagged("hard", 0)], client, SETTINGS, seed=3)).metrics
+    assert metrics["eval/accuracy"] == 3 / 8 and metrics["eval/pass@1"] == 3 / 8
+    assert metrics["eval/pass@2"] == 0.5  # 3 of 4 right: two draws always hold a right one
+    assert metrics["eval/pass@4"] == 0.5
+    assert (metrics["eval/easy/accuracy"], metrics["eval/hard/accuracy"]) == (0.75, 0.0)
+    assert (metrics["eval/guesses"], metrics["eval/easy/guesses"]) == (0.75, 1.5)
+    assert metrics["eval/easy/accuracy_greedy"] == 1.0  # the first attempt of each, once
+    assert [params.temperature for params in client.params] == [0.7, 0.7, 0.0, 0.0]

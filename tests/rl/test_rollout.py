@@ -247,3 +247,71 @@ def test_a_sampler_that_fails_fails_the_step_and_leaves_nothing_running():
         return asyncio.all_tasks() - before
 
     assert asyncio.run(main()) == set()
+
+
+@dataclass
+class PlayerEnv(Env):
+    """One of two players: waits for the other's move before its own, as in a game."""
+
+    moved: list[asyncio.Event]
+    number: int
+    closed: list[int]
+
+    async def initial_observation(self):
+        if self.number:
+            await self.moved[0].wait()
+        return ModelInput.from_ints([self.number + 1]), [99]
+
+    async def step(self, action, *, extra=None):
+        self.moved[self.number].set()
+        if not self.number:
+            await self.moved[1].wait()
+        nothing = ModelInput.empty()
+        return StepResult(reward=1.0, episode_done=True, next_observation=nothing, next_stop_condition=None)
+
+    async def close(self):
+        self.closed.append(self.number)
+
+
+@dataclass
+class GameBuilder(EnvGroupBuilder):
+    depend: bool
+    closed: list[int] = field(default_factory=list)
+
+    async def make_envs(self):
+        moved = [asyncio.Event(), asyncio.Event()]
+        return [PlayerEnv(moved, number, self.closed) for number in (0, 1)]
+
+    def attempts_depend(self):
+        return self.depend
+
+
+def test_players_of_a_game_wait_for_each_other_without_a_deadlock(monkeypatch, caplog):
+    for depend in (True, False):  # False: an environment that does not say so is found out
+        monkeypatch.setattr("ptlab.rl.rollout.OPEN_TOGETHER_S", 60.0 if depend else 0.05)
+        builder = GameBuilder(depend)
+        [group] = asyncio.run(asyncio.wait_for(run_groups([builder], ScriptedClient(), SETTINGS, seed=(0, "game")), 10))
+        assert group.rewards_G == [1.0, 1.0] and sorted(builder.closed) == [0, 1]
+    assert caplog.text.count("override attempts_depend()") == 1
+
+
+def test_every_attempt_is_closed_however_it_ended():
+    closed: list[str] = []
+
+    class Closing(CountingEnv):
+        async def close(self):
+            closed.append(self.breaks)
+            if self.breaks == "close":
+                raise OSError("cannot close")
+
+    envs = [Closing([1], breaks=how) for how in ("", "initial_observation", "step", "close")] + [Closing([1], turns=9, breaks="limit")]
+    [group] = asyncio.run(run_groups([Builder(lambda: envs)], ScriptedClient(), SETTINGS, seed=(0, "x")))
+    assert sorted(closed) == ["", "close", "initial_observation", "limit", "step"]
+    assert len(group.trajectories_G) == 3 and len(group.errors) == 2  # a failing close() costs nothing
+    assert group.trajectories_G[-1].stop_reason == "max_turns"
+
+
+def test_without_a_limit_the_environment_alone_ends_an_attempt():
+    settings = RolloutSettings(max_tokens=4)
+    [group] = asyncio.run(run_groups([Builder(lambda: [CountingEnv([1], turns=40)])], ScriptedClient(), settings, seed=(0, "x")))
+    assert len(group.trajectories_G[0].transitions) == 40
