@@ -196,7 +196,12 @@ def newest_sampler_weights(directory: Path) -> Path:
     if not saved:
         raise ConfigError(f"{directory}: this run has saved no weights for sampling; let it end, or name the directory of such weights")
     newest = max(saved, key=lambda entry: entry.step)
-    return directory / "checkpoints" / newest.path.removeprefix("tinker://")
+    weights = directory / "checkpoints" / newest.path.removeprefix("tinker://")
+    if not weights.is_dir():
+        raise ConfigError(
+            f"{directory}: its weights do not lie below it; a run on a server leaves them there: name {newest.path}, and the server"
+        )
+    return weights
 
 
 # ---------------------------------------------------------------------------------------------------------------------- opening

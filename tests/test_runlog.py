@@ -14,7 +14,7 @@ import pytest
 
 from ptlab.config import EvalConfig, LoggingConfig, OptimConfig, RlConfig, load_config
 from ptlab.errors import ConfigError
-from ptlab.runlog import CheckpointEntry, RunLog
+from ptlab.runlog import CheckpointEntry, RunLog, newest_sampler_weights
 
 
 @pytest.fixture
@@ -215,6 +215,21 @@ def test_the_same_checkpoint_saved_again_is_noted_once_and_adapters_do_not_resum
         last = log.last_checkpoint()
     assert last is not None and last.step == 1
     assert [(row["step"], row["kind"]) for row in rows(config, "checkpoints.jsonl")] == [(1, "state"), (5, "sampler")]
+
+
+def test_weights_of_a_run_directory_are_found_and_their_absence_is_explained(tmp_path: Path) -> None:
+    weights = tmp_path / "run" / "checkpoints" / "m" / "sampler_weights" / "final"
+    assert newest_sampler_weights(tmp_path) == tmp_path  # no run directory: taken as it is
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("{}")
+    with pytest.raises(ConfigError, match="has saved no weights for sampling; let it end"):
+        newest_sampler_weights(tmp_path / "run")
+    rows = [{"step": step, "path": f"tinker://m/sampler_weights/{name}", "kind": "sampler"} for step, name in ((9, "final"), (3, "early"))]
+    (tmp_path / "run" / "checkpoints.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ConfigError, match="a run on a server leaves them there: name tinker://m/sampler_weights/final"):
+        newest_sampler_weights(tmp_path / "run")
+    weights.mkdir(parents=True)
+    assert newest_sampler_weights(tmp_path / "run") == weights
 
 
 def test_transcripts_are_limited_per_call(make_config: Callable[..., RlConfig]) -> None:

@@ -214,7 +214,8 @@ def test_every_field_is_documented() -> None:
     while todo:
         section = todo.pop()
         todo += section.__subclasses__()
-        undocumented += [f"{section.__name__}.{name}" for name, field in section.model_fields.items() if not field.description]
+        if section.__module__.startswith("ptlab."):  # not those that tests make
+            undocumented += [f"{section.__name__}.{name}" for name, field in section.model_fields.items() if not field.description]
     assert undocumented == []
 
 
