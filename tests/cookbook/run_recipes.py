@@ -96,8 +96,10 @@ def some_positive(key: str) -> Check:
 
 
 def largest_kl(rows: Sequence[Row]) -> float | None:
-    """The largest |kl_sample_train_v1|, NaN if any is."""
-    values = [abs(row["optim/kl_sample_train_v1"]) for row in rows if "optim/kl_sample_train_v1" in row]
+    """The largest |kl_sample_train_v1|, NaN if any is, of the rows whose answers were sampled from the weights that trained on them. In
+    the others (the async recipe) it says how far the policy has moved meanwhile, which is no matter of sampler and trainer."""
+    fresh = [row for row in rows if not row.get("async/staleness_max")]
+    values = [abs(row["optim/kl_sample_train_v1"]) for row in fresh if "optim/kl_sample_train_v1" in row]
     return max(values, key=lambda value: math.inf if math.isnan(value) else value) if values else None
 
 

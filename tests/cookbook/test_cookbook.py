@@ -68,3 +68,10 @@ def test_the_judge_sees_a_missing_step_checkpoint_word_and_a_kl_of_either_sign()
             "kl_sample_train_v1",
         ]
     assert complaints(recipe, [{"step": 0}, {"step": 1}], SAVED, "resumed") == ["kl_sample_train_v1: expected below 0.001, found None"]
+    stale: list[Row] = [
+        {"step": 0, "optim/kl_sample_train_v1": 1e-7, "async/staleness_max": 0},
+        {"step": 1, "optim/kl_sample_train_v1": 0.003, "async/staleness_max": 1},
+    ]
+    assert complaints(recipe, stale, SAVED, "resumed") == []  # the policy had moved between sampling and training
+    stale[0]["async/staleness_max"] = 2
+    assert complaints(recipe, stale, SAVED, "resumed") == ["kl_sample_train_v1: expected below 0.001, found None"]
