@@ -51,7 +51,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) ->
     _time_split(seconds, rows)
     _finish(seconds, "Time per step", "seconds")
 
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def draw_comparison(runs: Mapping[str, Sequence[Mapping[str, Any]]], keys: Sequence[str], path: Path) -> None:
@@ -63,12 +63,13 @@ def draw_comparison(runs: Mapping[str, Sequence[Mapping[str, Any]]], keys: Seque
         for number, (name, rows) in enumerate(runs.items()):
             _line(axes, rows, key, name, _PHASE_COLOURS[number % len(_PHASE_COLOURS)], marker="o")
         _finish(axes, key, "")
-    _save(figure, path)
+    save_png(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_png(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure whole, without the version that would make equal pictures differ."""
     temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png")
+    figure.savefig(temporary, format="png", metadata={"Software": None})
     os.replace(temporary, path)
 
 

@@ -143,8 +143,8 @@ async def evaluate(
     config: RunConfig, asked: Asked, service_client: ServiceClient, *, checkpoint: str | None, attempts: int, temperature: float
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What `summarise` and `problem_row` make of the attempts. Raises: ConfigError, EngineError and their kin."""
+    from ptlab.recipes.held_out import rollout_settings
     from ptlab.recipes.models import ServiceModels, run_renderer
-    from ptlab.recipes.rl import rollout_settings
 
     base = await service_client.create_sampling_client(base_model=config.model.name)
     tokenizer = base.get_tokenizer()
@@ -152,7 +152,7 @@ async def evaluate(
     models = ServiceModels(service_client, config.model, renderer)
     client = base if checkpoint is None else (await models.open(model_path=checkpoint))[0]
     task = await asked.env.make_task(TaskSetting(renderer=renderer, seed=config.seed, models=models, test_attempts=attempts))
-    settings = rollout_settings(RlConfig(name="eval", rollout=asked.rollout), await models.context_length())
+    settings = rollout_settings(asked.rollout, await models.context_length())
     settings = greedy_settings(settings) if temperature == 0 else replace(settings, temperature=temperature)
     began = time.perf_counter()
     groups_P = await run_groups(task.test_P, client, settings, seed=(config.seed, "eval_greedy" if temperature == 0 else "eval"))

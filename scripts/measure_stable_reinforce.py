@@ -27,7 +27,7 @@ from ptlab.cli import guarded
 from ptlab.config import RlConfig, load_config
 from ptlab.envs.env_section import TaskSetting
 from ptlab.local import LocalService, open_service
-from ptlab.recipes import rl
+from ptlab.recipes.held_out import rollout_settings
 from ptlab.recipes.models import ServiceModels, run_renderer
 from ptlab.recipes.training import adam_params
 from ptlab.rl import datums, diagnostics, rollout
@@ -105,7 +105,7 @@ async def train(config: RlConfig, service: LocalService, updates: int, evaluate_
     renderer = run_renderer(config.model, training_client.get_tokenizer())
     models = ServiceModels(service.client, config.model, renderer)
     task = await config.env.make_task(TaskSetting(renderer=renderer, seed=config.seed, models=models))
-    settings, loss_fn = rl.rollout_settings(config, await models.context_length()), cast("LossFnType", config.loss.name)
+    settings, loss_fn = rollout_settings(config.rollout, await models.context_length()), cast("LossFnType", config.loss.name)
     sampling_client = await training_client.save_weights_and_get_sampling_client()
     greedy: dict[str, float] = {}
     rewards: list[float] = []

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ptlab.backend.catalog import Catalog
-from ptlab.backend.checkpoints import CheckpointPath, Checkpoints, Kind, Manifest, Probe, checked, expiry
+from ptlab.backend.checkpoints import CheckpointPath, Checkpoints, Manifest, Probe, expiry
 from ptlab.backend.imports import import_adapter
 from ptlab.backend.models import Models, Replayable, TrainingPass
 from ptlab.backend.parking import Parking
@@ -331,7 +331,7 @@ class Backend:
         user_metadata: dict[str, str] | None = None,
     ) -> SaveWeightsResponse:
         async def run(model: Model, served: ServedModel) -> SaveWeightsResponse:
-            path = _path(model_id, "weights", name)
+            path = CheckpointPath.of(model_id, "weights", name)
             manifest = _manifest(model, seq_id, ttl_seconds, user_metadata)
             trainer = served.engines.trainer
             if not self._written_before(path, seq_id):
@@ -356,7 +356,7 @@ class Backend:
         """A durable, named version that the sampler holds and has proved when this returns."""
 
         async def run(model: Model, served: ServedModel) -> SaveWeightsForSamplerResponse:
-            path = _path(model_id, "sampler_weights", name)
+            path = CheckpointPath.of(model_id, "sampler_weights", name)
             manifest = _manifest(model, seq_id, ttl_seconds, user_metadata)
 
             def write(fill: Callable[[Path], None], probe: Callable[[], Probe]) -> AdapterRef:
@@ -414,7 +414,7 @@ class Backend:
         """The adapter in the layout that PEFT and other servers read, to be taken elsewhere."""
 
         async def run(model: Model, served: ServedModel) -> SaveWeightsExternalResponse:
-            path = _path(model_id, "external_weights", name)
+            path = CheckpointPath.of(model_id, "external_weights", name)
             manifest = _manifest(model, seq_id, ttl_seconds, None)
             trainer = served.engines.trainer
             if not self._written_before(path, seq_id):
@@ -447,7 +447,3 @@ def _manifest(model: Model, seq_id: int, ttl_seconds: int | None, user_metadata:
         expires_at=expiry(ttl_seconds),
         user_metadata=user_metadata,
     )
-
-
-def _path(model_id: str, kind: Kind, name: str) -> CheckpointPath:
-    return CheckpointPath(model_id=model_id, kind=kind, name=checked(name, "checkpoint name"))

@@ -83,6 +83,11 @@ class CheckpointPath(BaseModel):
     name: str
 
     @classmethod
+    def of(cls, model_id: str, kind: Kind, name: str) -> CheckpointPath:
+        """Raises: InvalidRequestError for a name that cannot be a directory's."""
+        return cls(model_id=model_id, kind=kind, name=checked(name, "checkpoint name"))
+
+    @classmethod
     def parse(cls, path: str) -> CheckpointPath:
         parsed = ParsedCheckpointTinkerPath.from_tinker_path(path)
         kind, name = parsed.checkpoint_id.split("/")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from ptlab.curves import save_png
 
 # Okabe and Ito's palette: distinct for colour-blind readers; the three used most also differ in lightness, so grey print keeps them apart.
 BLUE, ORANGE, GREEN, PURPLE, SKY, BLACK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#777777"
@@ -22,10 +23,8 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save(figure: Any, path: Path) -> Path:
-    """Write the PNG whole, without the time and version that would make equal pictures differ; returns `path`."""
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", metadata={"Software": None})
-    os.replace(temporary, path)
+    """Write the PNG whole, as ptlab.curves does; returns `path`."""
+    save_png(figure, path)
     return path
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from ptlab.config import RlConfig
 from ptlab.envs.env_section import TaskSetting
+from ptlab.recipes.held_out import rollout_settings
 from ptlab.recipes.models import ServiceModels, run_renderer
-from ptlab.recipes.rl import rollout_settings
 from ptlab.rl import diagnostics
 from ptlab.rl.rollout import run_groups
 from ptlab.rl.rollout_file import RolloutHeader, RolloutWriter
@@ -40,7 +40,7 @@ async def collect(
     models = ServiceModels(service_client, config.model, renderer)
     sampling_client = base if weights is None else (await models.open(model_path=weights))[0]
     task = await config.env.make_task(TaskSetting(renderer=renderer, seed=config.seed, models=models))
-    settings = rollout_settings(config, await models.context_length())
+    settings = rollout_settings(config.rollout, await models.context_length())
     header = header_of(config, num_rollouts=num_rollouts, weights=weights)
     per_step = config.env.groups_per_step
     with RolloutWriter(path, header, batch=per_step, overwrite=overwrite) as writer:

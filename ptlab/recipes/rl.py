@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from ptlab.config import RlConfig
-from ptlab.envs.env_section import TaskSetting
+from ptlab.recipes.held_out import HeldOut
 from ptlab.recipes.interrupt import StopRequestedError, stop_on_signals
 from ptlab.recipes.models import ServiceModels, run_renderer
 from ptlab.recipes.training import Clock, RunResult, adam_params, finished, interrupted, open_training_client, save_checkpoint
 from ptlab.rl import datums, diagnostics, rollout
 from ptlab.rl.advantages import group_centred
-from ptlab.rl.evaluation import evaluate
 from ptlab.rl.kl_penalty import add_kl_penalty
 from ptlab.rl.prefetch import Prefetch
-from ptlab.rl.types import EnvGroupBuilder, TrajectoryGroup
+from ptlab.rl.types import TrajectoryGroup
 from ptlab.runlog import RunLog
 from ptlab.types import Datum, LossFnType
 
@@ -42,15 +40,23 @@ async def run(
     tokenizer = training_client.get_tokenizer()
     renderer = run_renderer(config.model, tokenizer)
     models = ServiceModels(service_client, config.model, renderer)
-    setting = TaskSetting(renderer=renderer, seed=config.seed, models=models, test_attempts=config.eval.attempts)
-    task = await config.env.make_task(setting)
+    held_out = await HeldOut.open(
+        config.env,
+        config.rollout,
+        config.eval,
+        seed=config.seed,
+        model=config.model,
+        renderer=renderer,
+        service_client=service_client,
+        tokenizer=tokenizer,
+    )
     reference = (await models.open(model_path=config.kl.reference))[0] if config.kl.coef else None
-    settings, loss_fn = rollout_settings(config, await models.context_length()), cast("LossFnType", config.loss.name)
+    loss_fn = cast("LossFnType", config.loss.name)  # the config knows which there are
     sampling_client = await training_client.save_weights_and_get_sampling_client()
     num_updates = 0 if start == 0 else None  # a resumed trainer's count shows in the first samples, which are its own
 
     async def sample(step: int, newest: SamplingClient) -> list[TrajectoryGroup]:
-        return await rollout.run_groups(task.train.get_batch(step), newest, settings, seed=(config.seed, "train", step))
+        return await rollout.run_groups(held_out.task.train.get_batch(step), newest, held_out.settings, seed=(config.seed, "train", step))
 
     with stop_on_signals() as stop:
         done = start  # steps
@@ -59,9 +65,8 @@ async def run(
                 for step in range(start, config.steps):
                     clock = Clock()
                     row = {"optim/learning_rate": config.optim.learning_rate_at(step, config.steps)}
-                    if config.eval.every and step % config.eval.every == 0:
-                        evaluation = evaluate_and_log(config, settings, task.test_P, sampling_client, log, step, tokenizer)
-                        row |= await stop.unless_requested(evaluation)
+                    if held_out.due(step):
+                        row |= await stop.unless_requested(held_out.of_sampler(sampling_client, log, step))
                         clock.lap("eval")
 
                     groups_P, rollout_s = await stop.unless_requested(batches.take(step, sampling_client))
@@ -94,8 +99,7 @@ async def run(
 
             if config.eval.every:
                 clock = Clock()
-                evaluation = evaluate_and_log(config, settings, task.test_P, sampling_client, log, done, tokenizer)
-                row = await stop.unless_requested(evaluation)
+                row = await stop.unless_requested(held_out.of_sampler(sampling_client, log, done))
                 clock.lap("eval")
                 log.write(done, row | clock.metrics() | side_metrics())
         except StopRequestedError:  # nothing of the step under way has reached the trainer; what is in flight is gone
@@ -116,38 +120,6 @@ async def training_data(
         )
     ]
     return (data_D, {}) if reference is None else await add_kl_penalty(data_D, reference, config.kl.coef)
-
-
-def rollout_settings(config: RlConfig, context_length: int | None) -> rollout.RolloutSettings:
-    """How the config draws attempts; none longer than the model's context (None = the server does not say)."""
-    drawn = config.rollout
-    limits = [limit for limit in (drawn.max_trajectory_tokens, context_length) if limit is not None]
-    return rollout.RolloutSettings(
-        max_tokens=drawn.max_tokens,
-        temperature=drawn.temperature,
-        top_k=drawn.top_k,
-        top_p=drawn.top_p,
-        max_turns=drawn.max_turns,
-        max_trajectory_tokens=min(limits, default=None),
-        timeout_s=drawn.timeout_s,
-    )
-
-
-async def evaluate_and_log(
-    config: RlConfig,
-    settings: rollout.RolloutSettings,
-    test_P: Sequence[EnvGroupBuilder],
-    sampling_client: SamplingClient,
-    log: RunLog,
-    step: int,
-    tokenizer: Any,
-) -> dict[str, float]:
-    """Held-out metrics of the sampler's weights; the answers to the first test questions go to the transcripts (always the same ones,
-    so that the log can show them before and after)."""
-    settings = replace(settings, temperature=config.eval.temperature)
-    evaluation = await evaluate(test_P, sampling_client, settings, seed=config.seed, greedy=config.eval.greedy)
-    log.transcripts(step, diagnostics.transcript_rows(evaluation.greedy_P or evaluation.groups_P, "eval", tokenizer.decode))
-    return evaluation.metrics
 
 
 def rollout_speed(sampled_tokens: float, rollout_s: float) -> dict[str, float]:

@@ -3,14 +3,13 @@ evaluations differ by the weights and by nothing else."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ptlab.rl import diagnostics
 from ptlab.rl.rollout import RolloutSettings, run_groups
-from ptlab.rl.statistics import pass_at_k, powers_of_two
+from ptlab.rl.statistics import mean_pass_at_k, powers_of_two
 from ptlab.rl.types import Env, EnvGroupBuilder, Metrics, Trajectory, TrajectoryGroup
 
 if TYPE_CHECKING:
@@ -84,10 +83,7 @@ def pass_at_ks(groups_P: Sequence[TrajectoryGroup]) -> dict[str, float]:
         return {}
     right_P = [diagnostics.num_correct(group) for group in groups_P]
     sizes_P = [len(group.trajectories_G) + len(group.errors) for group in groups_P]
-    return {
-        f"eval/pass@{k}": statistics.fmean(pass_at_k(n, right, k) for n, right in zip(sizes_P, right_P, strict=True))
-        for k in powers_of_two(num_attempts)
-    }
+    return {f"eval/pass@{k}": mean_pass_at_k(right_P, sizes_P, k) for k in powers_of_two(num_attempts)}
 
 
 def _summary(area: str, groups_P: Sequence[TrajectoryGroup]) -> dict[str, float]:
