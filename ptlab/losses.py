@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -57,12 +58,14 @@ __all__ = [
     "Loss",
     "LossCall",
     "LossGraph",
+    "TokenLoss",
     "check_datum",
     "cispo",
     "cross_entropy",
     "dro",
     "gspo",
     "importance_sampling",
+    "loss_gradient",
     "loss_inputs",
     "loss_metrics",
     "loss_sum",
@@ -267,6 +270,54 @@ def loss_sum(loss: LossCall, target_logprobs: list[Tensor], inputs: list[dict[st
         return torch.stack([_custom_loss(loss.graph, *pair) for pair in _pairs(target_logprobs, inputs)]).sum()
     groups = _groups(loss, target_logprobs, inputs)
     return torch.stack([_token_losses(loss, logprobs, fields).sum() for logprobs, fields in groups]).sum()
+
+
+def loss_gradient(loss: LossCall, target_logprobs: list[Tensor], inputs: list[dict[str, Tensor]]) -> list[Tensor]:
+    """dL/d(target_logprobs) of `loss_sum`, per datum in its shape, float32."""
+    leaves = [logprobs.detach().float().requires_grad_() for logprobs in target_logprobs]
+    with torch.enable_grad():
+        total = loss_sum(loss, leaves, inputs)
+    found = torch.autograd.grad(total, leaves, allow_unused=True)
+    return [torch.zeros_like(leaf) if gradient is None else gradient for leaf, gradient in zip(leaves, found, strict=True)]
+
+
+class TokenLoss:
+    """A loss whose value at a token depends on that token alone, so that its gradient can be had as log-probabilities appear, in any order.
+
+    Every loss is of this kind but those over whole sequences (gspo) and uploaded ones (`custom`): ask `is_per_token` first.
+    """
+
+    def __init__(self, loss: LossCall, inputs: list[dict[str, Tensor]]) -> None:
+        """inputs: per datum, from loss_inputs; tokens (of [N, K] targets, cells) are numbered through all datums."""
+        self._loss = loss
+        self._fields = _flatten(loss, [(torch.zeros_like(fields["target_tokens"], dtype=torch.float32), fields) for fields in inputs])[1]
+
+    @staticmethod
+    def is_per_token(loss: LossCall) -> bool:
+        return loss.graph is None and not LOSSES[loss.name].per_sequence
+
+    def may_learn(self) -> Tensor:
+        """bool, one per token: False where the gradient is 0 whatever the log-probability, by weight or advantage."""
+        fields, learns_T = self._fields, torch.ones_like(next(iter(self._fields.values())), dtype=torch.bool)
+        if "weights" in fields:
+            learns_T &= fields["weights"] != 0
+        if "advantages" in fields and not LOSSES[self._loss.name].needs_all_tokens:
+            learns_T &= fields["advantages"] != 0
+        return learns_T
+
+    def in_order(self, order_T: Tensor, device: torch.device) -> TokenLoss:
+        """The same on another device with its tokens numbered anew: the i-th is the order_T[i]-th of this one."""
+        reordered = copy(self)
+        reordered._fields = {name: values[order_T].to(device) for name, values in self._fields.items()}
+        return reordered
+
+    def gradient(self, first: int, end: int, logprobs_T: Tensor) -> Tensor:
+        """dL/dlogprob of tokens first .. end - 1, given theirs; float32."""
+        leaf = logprobs_T.detach().requires_grad_()
+        with torch.enable_grad():
+            total = _token_losses(self._loss, leaf, {name: values[first:end] for name, values in self._fields.items()}).sum()
+        (gradient,) = torch.autograd.grad(total, leaf)
+        return gradient
 
 
 def loss_metrics(loss: LossCall, target_logprobs: list[Tensor], inputs: list[dict[str, Tensor]]) -> dict[str, float]:

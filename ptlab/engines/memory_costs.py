@@ -1,13 +1,13 @@
 """What a trainer and vLLM keep on one card, in bytes, from the shape of the model. Arithmetic only: no torch, no card.
 
-The activations are those of transformers' Llama and Qwen3 layers under PEFT, tensor for tensor (a test counts what autograd saves on the
-CPU). vLLM's workspace and what CUDA itself takes are allowances, set high and not measured; see each constant.
+The activations are those of decoder.py, tensor for tensor (a test counts what it keeps on the CPU). vLLM's workspace and what CUDA itself
+takes are allowances, set high and not measured; see each constant.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ptlab.errors import ConfigError
 
@@ -18,8 +18,11 @@ CONTEXT_BYTES = 600 * 2**20
 """Allowance per process for its CUDA context, loaded kernels and cuBLAS workspaces. Assumed."""
 GRAPH_BYTES = 2**30
 """Allowance for vLLM's CUDA graphs. Assumed; vLLM 0.32 measures its own and takes them out of the KV cache."""
-HEAD_BYTES = 2**24 * 20
-"""The output head on one chunk of logprobs.CHUNK_ELEMENTS logits: compute type, float32, gradient and softmax, 20 bytes each."""
+HEAD_BYTES = 2**29 + 2**26 * 4
+"""The output head: one chunk of logits (head_pass.CHUNK_BYTES) and a block of it in float32 (BLOCK_ELEMENTS)."""
+Recompute = Literal["nothing", "mlp", "layers"]
+"""What the backward pass computes again instead of finding it kept: gate and up of each layer (about 1.15 x the time, half of the memory),
+or each layer from its input (1.5 x the time; memory of one layer and all inputs)."""
 MIXTURE_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 QK_NORM_MODELS = ("qwen3", "qwen3_moe", "olmo2", "gemma3_text")
 """Families (model_type) that normalise queries and keys, and keep a float32 copy of both for it."""
@@ -121,41 +124,49 @@ def kv_bytes_per_token(shape: ModelShape, element_bytes: int) -> int:
     return 2 * shape.num_layers * shape.kv_size * element_bytes
 
 
-def saved_bytes_per_token(shape: ModelShape, rank: int, element_bytes: int) -> int:
-    """What autograd keeps of one token in one layer when nothing is recomputed. With e bytes per element of the compute type:
+def kept_bytes_per_token(shape: ModelShape, rank: int, element_bytes: int, recompute: Recompute) -> int:
+    """What decoder.py keeps of one token in one layer between forward and backward, in e bytes each (decoder_layer.Kept):
 
-        two norms                        4 (2 H)          transformers normalises in float32 and keeps that copy
-        query and key norm (qk_norm)     4 (Q + KV)
-        inputs of LoRA's A               4 (5 H + Q + I)  PEFT casts each layer's input to float32, three times for q, k, v and twice for
-                                                          gate, up; under a float32 base the cast is no copy: 4 (2 H + Q + I)
-        products xA                      4 (7 r)
-        attention                        e (2 Q + 2 KV)   q, k, v and its output (float32: the output is already the input of A)
-        MLP                              e (3 I)          gate, silu(gate), up
-        norm factors, log-sum-exp        4 (2 + 2 heads + kv heads)
+        the layer's input                   H         all that is left with `recompute` layers
+        q k v, rotated in place             Q + 2 KV
+        q and k before their norm (qk_norm) Q + KV
+        output of attention                 Q
+        middle of the residual stream       H
+        gate and up                         2 I       not with `recompute` mlp; in bfloat16 2 r wider, for the adapters' share
 
-    The frozen matrices need no input of theirs for the gradient, so nothing is kept for them.
+    Norms and the inputs of linear layers are computed again from these; the frozen matrices need none of their inputs for a gradient.
     """
-    hidden, query, kv, inner, full = shape.hidden_size, shape.query_size, shape.kv_size, shape.intermediate_size, MASTER_BYTES
-    casts = element_bytes != full
-    norms = full * (2 * hidden + (query + kv if shape.qk_norm else 0))
-    adapters = full * ((5 if casts else 2) * hidden + query + inner + 7 * rank)
-    attention = element_bytes * ((2 if casts else 1) * query + 2 * kv)
-    factors = full * (2 + 2 * shape.num_heads + shape.num_kv_heads)
-    return norms + adapters + attention + element_bytes * 3 * inner + factors
+    hidden, query, kv = shape.hidden_size, shape.query_size, shape.kv_size
+    if recompute == "layers":
+        return element_bytes * hidden
+    rest = 2 * hidden + 2 * query + 2 * kv + (query + kv if shape.qk_norm else 0)
+    return element_bytes * (rest + (_gate_up_size(shape, rank, element_bytes) if recompute == "nothing" else 0))
 
 
-def activation_bytes(shape: ModelShape, rank: int, element_bytes: int, *, tokens: int, checkpoint: bool) -> int:
-    """Peak of one forward and backward pass over `tokens` padded tokens, above the weights and lora_state_bytes: an estimate from above.
+def _gate_up_size(shape: ModelShape, rank: int, element_bytes: int) -> int:
+    return 2 * shape.intermediate_size + (0 if element_bytes == MASTER_BYTES else 2 * rank)
 
-    Kept over the pass: saved_bytes_per_token of every layer, or with `checkpoint` one layer's input (e H) each and saved_bytes_per_token of
-    the layer being recomputed. Working set of the backward pass: the gradients of the MLP in float32 (3 I), of the residual stream and
-    LoRA's inputs (4 H). Then the last norm and hidden states, one chunk of the head, and two sets of fresh LoRA gradients (8 bytes a
-    parameter: the micro-batch's and the call's).
+
+def activation_bytes(shape: ModelShape, rank: int, element_bytes: int, *, tokens: int, recompute: Recompute) -> int:
+    """Peak of one forward and backward pass over `tokens` tokens, above the weights and lora_state_bytes: an estimate from above for models
+    that decoder.py computes (others keep about twice as much; where it matters a trial decides).
+
+    Kept over the pass: kept_bytes_per_token of every layer, with `recompute` layers in full of the one being computed again. Working set of
+    the backward pass: gradients of the residual stream, of q k v twice and of the attention's output, SwiGLU's output and its gradient
+    (2 I), inputs of linear layers and their gradients (3 H), gate and up where they are computed again. Then the hidden states and their
+    gradients before and after the head (4 H), one chunk of the head, one layer's merged weights in float32, and two sets of fresh LoRA
+    gradients (8 bytes a parameter: the micro-batch's and the call's).
     """
-    hidden, layer = shape.hidden_size, saved_bytes_per_token(shape, rank, element_bytes)
-    kept = shape.num_layers * hidden * element_bytes + layer if checkpoint else shape.num_layers * layer
-    working = MASTER_BYTES * (3 * shape.intermediate_size + 4 * hidden) + (MASTER_BYTES + 2 * element_bytes) * hidden
-    return tokens * (kept + working) + HEAD_BYTES + 2 * MASTER_BYTES * lora_parameters(shape, rank)
+    hidden, query, kv, inner = shape.hidden_size, shape.query_size, shape.kv_size, shape.intermediate_size
+    kept = shape.num_layers * kept_bytes_per_token(shape, rank, element_bytes, recompute)
+    if recompute == "layers":
+        kept += kept_bytes_per_token(shape, rank, element_bytes, "nothing")
+    elif recompute == "mlp":
+        kept += element_bytes * _gate_up_size(shape, rank, element_bytes)
+    working = element_bytes * (8 * hidden + 2 * inner + 3 * query + 4 * kv)
+    layer = 2 * hidden * (query + kv) + 3 * hidden * inner
+    merged = MASTER_BYTES * layer if element_bytes == MASTER_BYTES else 0
+    return tokens * (kept + working) + HEAD_BYTES + merged + 2 * MASTER_BYTES * lora_parameters(shape, rank)
 
 
 def vllm_workspace_bytes(shape: ModelShape, element_bytes: int, *, batched_tokens: int, num_sequences: int) -> int:

@@ -5,8 +5,8 @@
                 its prefix cache (a new adapter version could not have used that anyway)
 
 The rule. Coexist if the card holds the KV cache that `Workload` wants and a micro-batch of good size (the useful one, or down to a quarter
-of it) without recomputation. Otherwise alternate, and give each phase the best the card allows: recomputation costs about 1.3 x training
-time, a pause less.
+of it) without recomputation. Otherwise alternate, and give each phase the best the card allows: recomputation costs 1.15 x (gate and up) or
+1.5 x (all of a layer) training time, a pause less.
 Where sampling must go on while the trainer works, coexist with smaller micro-batches, then with recomputation, then with a smaller cache.
 
 A trial of the trainer decides what a micro-batch takes; the formulas of memory_costs.py stand in where there is none.
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ptlab.engines import memory_costs as costs
-from ptlab.engines.memory_costs import GB, ModelShape
+from ptlab.engines.memory_costs import GB, ModelShape, Recompute
 from ptlab.errors import ConfigError
 
 MARGIN = 0.03
@@ -81,11 +81,16 @@ class MicroBatch:
     """What goes through the trainer at once."""
 
     tokens: int
-    """Padded tokens."""
-    checkpoint: bool
-    """Recompute activations in the backward pass."""
+    """Unique tokens (padded ones, where rows cannot share)."""
+    recompute: Recompute
+    """Which activations are computed again in the backward pass."""
 
 
+_RECOMPUTED: Mapping[Recompute, str] = {
+    "nothing": "without recomputed activations",
+    "mlp": "with gate and up recomputed",
+    "layers": "with recomputed activations",
+}
 Trial = Callable[[MicroBatch], int | None]
 """Runs one worst-case micro-batch of exactly this size: its peak bytes above what the trainer holds at rest; None = out of memory."""
 
@@ -156,7 +161,7 @@ class MemoryPlan:
             f"Sampling: {_gb(self.kv_bytes)} of KV cache, {self.kv_tokens:,} tokens"
             f"{'' if full else f' ({_gb(self.wanted_kv_bytes)} were wanted, so fewer requests run at once)'}; "
             f"vLLM gets {self.gpu_memory_utilization:.3f} of the card and contexts up to {self.longest_tokens:,} tokens. "
-            f"Training: micro-batches of {batch.tokens:,} tokens {'with' if batch.checkpoint else 'without'} recomputed activations, "
+            f"Training: micro-batches of {batch.tokens:,} tokens {_RECOMPUTED[batch.recompute]}, "
             f"{_gb(self.micro_batch_bytes)} ({'measured in a trial' if self.measured else 'estimated, no trial was run'}). "
             f"Peaks: {_gb(self.sampling_bytes)} sampling, {_gb(self.training_bytes)} training."
         )
@@ -235,7 +240,7 @@ class _Needs:
     least_kv: int
     wanted_kv: int
     ladder: list[MicroBatch]
-    """Best first: without recomputation from large to small, then with."""
+    """Best first: without recomputation from large to small, then with that of gate and up, then of everything."""
     estimate: Callable[[MicroBatch], int]
     trial: Trial | None
     tried: dict[MicroBatch, int | None]
@@ -258,7 +263,7 @@ class _Needs:
             least_kv=least,
             wanted_kv=max(least, load.num_sequences * typical * kv),
             ladder=ladder(shape, load.longest_tokens),
-            estimate=lambda b: costs.activation_bytes(shape, load.lora_rank, element_bytes, tokens=b.tokens, checkpoint=b.checkpoint),
+            estimate=lambda b: costs.activation_bytes(shape, load.lora_rank, element_bytes, tokens=b.tokens, recompute=b.recompute),
             trial=trial,
             tried={},
         )
@@ -283,12 +288,13 @@ def ladder(shape: ModelShape, longest_tokens: int) -> list[MicroBatch]:
     sizes = [tokens]
     while sizes[-1] > longest_tokens:
         sizes.append(max(sizes[-1] // 2, longest_tokens))
-    return [MicroBatch(tokens=size, checkpoint=checkpoint) for checkpoint in (False, True) for size in sizes]
+    levels: tuple[Recompute, ...] = ("nothing", "mlp", "layers")
+    return [MicroBatch(tokens=size, recompute=level) for level in levels for size in sizes]
 
 
 def _together(need: _Needs, room: int, least: int, most: int, *, overlap: bool) -> _Found | None:
     good_tokens = need.ladder[0].tokens // GOOD_PART
-    good = [batch for batch in need.ladder if batch.tokens >= good_tokens and not batch.checkpoint]
+    good = [batch for batch in need.ladder if batch.tokens >= good_tokens and batch.recompute == "nothing"]
     for batch in need.ladder if overlap else good:
         if room >= most and need.fits(batch, room - most):
             return "coexist", batch, most

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from ptlab.engines.memory_costs import CONTEXT_BYTES, ModelShape
+from ptlab.engines.memory_costs import CONTEXT_BYTES, ModelShape, Recompute
 from ptlab.engines.memory_plan import MemoryPlan, MicroBatch, Trial, Workload, plan_memory
 from ptlab.engines.protocols import Trainer
 from ptlab.losses import resolve_loss
@@ -32,8 +32,8 @@ class AdjustableTrainer(Trainer, Protocol):
         """As set, or less: out of memory makes it smaller."""
         ...
 
-    def set_micro_batch(self, tokens: int, *, checkpoint: bool) -> None:
-        """Padded tokens in one forward pass from now on, and whether activations are recomputed."""
+    def set_micro_batch(self, tokens: int, *, recompute: Recompute) -> None:
+        """Tokens in one forward pass from now on, and which activations are recomputed."""
         ...
 
 
@@ -55,7 +55,7 @@ def worst_case_trial(trainer: AdjustableTrainer, *, longest_tokens: int, lora: L
         data = [_datum(batch.tokens // rows, trainer.info.vocab_size, seed) for seed in range(rows)]
         trainer.create_adapter(TRIAL_MODEL, lora)
         try:
-            trainer.set_micro_batch(batch.tokens, checkpoint=batch.checkpoint)
+            trainer.set_micro_batch(batch.tokens, recompute=batch.recompute)
             peak = measure(lambda: _discard(trainer.forward_backward(TRIAL_MODEL, data, loss)))
         except Exception as err:
             if not isinstance(err.__cause__, torch.OutOfMemoryError):  # one row alone did not fit: the trainer's EngineError
@@ -93,7 +93,7 @@ def plan_for_gpu(
         gpu_memory_utilization=gpu_memory_utilization,
     )
     logger.info("%s", plan)
-    trainer.set_micro_batch(plan.micro_batch.tokens, checkpoint=plan.micro_batch.checkpoint)
+    trainer.set_micro_batch(plan.micro_batch.tokens, recompute=plan.micro_batch.recompute)
     torch.cuda.empty_cache()
     return plan
 

@@ -10,9 +10,10 @@ What a call promises:
 from __future__ import annotations
 
 import gc
+import logging
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +24,27 @@ from torch import Tensor, nn
 
 from ptlab.engines import lora as lora_files
 from ptlab.engines.base_model import load_base_model
-from ptlab.engines.batching import pad, plan_micro_batches
-from ptlab.engines.logprobs import CHUNK_ELEMENTS, log_softmax, output_head, token_logprobs
+from ptlab.engines.body import Body, DecoderBody, PaddedBody
+from ptlab.engines.buffers import Buffers
+from ptlab.engines.decoder import can_decode
+from ptlab.engines.fused_linear import Gradients
+from ptlab.engines.head_pass import CHUNK_BYTES, OutputHead, head_pass
+from ptlab.engines.logprobs import log_softmax
 from ptlab.engines.lora_layers import LoraLayers, LoraWeights
+from ptlab.engines.loss_pass import loss_pass, plan_pairs, score
+from ptlab.engines.memory_costs import Recompute
+from ptlab.engines.prefix_tree import IntArray
 from ptlab.engines.prompt_scores import PromptScorer
 from ptlab.engines.protocols import AdapterRef, PromptScores, SampleCall
 from ptlab.engines.sample_checks import check_call
 from ptlab.engines.token_draw import SEED_MASK
 from ptlab.errors import CheckpointError, EngineError, InvalidRequestError, NotFoundError
-from ptlab.losses import LossCall, loss_inputs, loss_metrics, loss_sum
+from ptlab.losses import LossCall, loss_inputs, loss_metrics, resolve_loss
 from ptlab.types import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, OptimStepResponse, TensorData
 
 ENGINE = "peft trainer"
 OPTIMIZER_FILE, GRADIENTS_FILE = "optimizer.safetensors", "gradients.safetensors"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -54,9 +63,9 @@ class _Adapter:
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """A datum made ready: input tokens, and the loss inputs as tensors on the device."""
+    """A datum made ready: input tokens, and the loss inputs as tensors on the CPU."""
 
-    tokens: list[int]
+    tokens_T: IntArray
     inputs: dict[str, Tensor]
 
 
@@ -67,8 +76,8 @@ class PeftTrainer:
         path: local directory or hub name of any transformers causal LM.
         name: the name clients use for it.
         dtype: compute type; "auto" = float32 on CPU, bfloat16 on GPU. Adapters and optimizer are float32 always.
-        tokens_per_micro_batch: padded tokens in one forward pass.
-        gradient_checkpointing: recompute layer activations in the backward pass; about 1.3x slower, a fraction of the memory.
+        tokens_per_micro_batch: tokens in one forward pass; a prefix that rows share counts once (where the model allows it, see body.py).
+        recompute: activations that the backward pass computes again: slower, for less memory.
     """
 
     def __init__(
@@ -79,19 +88,21 @@ class PeftTrainer:
         dtype: str = "auto",
         device: str | None = None,
         tokens_per_micro_batch: int = 4096,
-        gradient_checkpointing: bool = False,
+        recompute: Recompute = "nothing",
     ) -> None:
         self._base, self.info = load_base_model(path, name=name, dtype=dtype, device=device)
         self._device: torch.device = self._base.device
         self.num_parameters = sum(p.numel() for p in self._base.parameters())
         self._targets = lora_files.LoraTargets.of(self._base)
         self._layers = LoraLayers(self._base)
-        self._head = output_head(self._base)
+        self._output_head = OutputHead.of(self._base, None)
+        self._head_path = next(path for path, m in self._base.named_modules() if m is self._base.get_output_embeddings())
         self._adapters: dict[str, _Adapter] = {}
         self.between_micro_batches: Callable[[], None] | None = None
         self._in_pass: str | None = None  # the model whose forward or forward_backward is under way
-        self.set_micro_batch(tokens_per_micro_batch, checkpoint=gradient_checkpointing)
-        self._check_head()
+        self._buffers = Buffers(self._device)
+        self._body = self._choose_body()
+        self.set_micro_batch(tokens_per_micro_batch, recompute=recompute)
         torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # the first one imports torch._dynamo: seconds, not at a client's cost
 
     @property
@@ -99,35 +110,50 @@ class PeftTrainer:
         """As set, or less: out of memory makes it smaller."""
         return self._max_tokens
 
-    def set_micro_batch(self, tokens: int, *, checkpoint: bool) -> None:
-        """Padded tokens in one forward pass from now on, and whether activations are recomputed."""
+    def set_micro_batch(self, tokens: int, *, recompute: Recompute) -> None:
+        """Tokens in one forward pass from now on, and which activations are recomputed."""
         self._max_tokens = tokens
-        self._base.train(checkpoint)  # transformers checkpoints in train mode only; nothing random may come with it
-        if not checkpoint:
-            self._base.gradient_checkpointing_disable()
-            return
-        self._base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self._base.enable_input_require_grads()
-        for module in self._base.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        self._base.config.attention_dropout = 0.0
+        self._body.set_recompute(recompute)
 
-    def _check_head(self) -> None:
-        """Compare our chunked log-probabilities with the model's own logits on a few tokens."""
-        tokens = [i % self.info.vocab_size for i in range(1, 14, 2)]
+    def _choose_body(self) -> Body:
+        """The decoder where it knows the model, else the model itself.
+
+        Raises: EngineError if log-probabilities made from hidden states are not the model's own.
+        """
+        rows, expected_D = self._own_logprobs()
+        kinds = ("decoder", "padded") if can_decode(self._base) else ("padded",)
+        gap, allowed = 0.0, 1e-3 if self.info.dtype == "float32" else 0.2
+        for kind in kinds:
+            body: Body = DecoderBody(self._base) if kind == "decoder" else PaddedBody(self._base, self._layers)
+            gap = max((a - b).abs().max().item() for a, b in zip(self._score_rows(body, rows), expected_D, strict=True))
+            if gap < allowed:
+                return body
+            logger.warning("%s: log-probabilities of %s differ from the model's own by %.3g nats", self.info.name, type(body).__name__, gap)
+        raise EngineError(
+            f"{self.info.name} ({self.info.arch}): log-probabilities from hidden states differ from the model's own by {gap:.3g} nats; "
+            f"its output head does something ptlab does not know, training it would be wrong",
+            engine=ENGINE,
+            operation="load",
+        )
+
+    def _own_logprobs(self) -> tuple[list[IntArray], list[Tensor]]:
+        """Three rows, two with a common prefix, and the log-probabilities of their next tokens from the model's own logits."""
+        longest = min(24, self.info.max_context_length)
+        first = np.arange(1, 1 + 2 * longest, 2) % self.info.vocab_size
+        second = np.concatenate([first[: longest * 2 // 3], first[: longest // 6]])
+        rows = [first, second, first[::-1][: longest // 2].copy()]
         with torch.no_grad():
-            logits_TV = self._base(input_ids=torch.tensor([tokens], device=self._device)).logits[0].float()
-            expected_T = log_softmax(logits_TV[:-1]).gather(1, torch.tensor(tokens[1:], device=self._device)[:, None])[:, 0]
-        ours_T = torch.tensor(self.compute_logprobs(None, tokens)[1:], device=self._device)
-        gap = (ours_T - expected_T).abs().max().item()
-        if not gap < (1e-3 if self.info.dtype == "float32" else 0.2):
-            raise EngineError(
-                f"{self.info.name} ({self.info.arch}): log-probabilities from hidden states differ from the model's own by {gap:.3g} nats; "
-                f"its output head does something ptlab does not know, training it would be wrong",
-                engine=ENGINE,
-                operation="load",
-            )
+            logits_D = [self._base(input_ids=torch.from_numpy(row).to(self._device)[None]).logits[0].float() for row in rows]
+            targets_D = [torch.from_numpy(row[1:]).to(self._device) for row in rows]
+            pairs = zip(logits_D, targets_D, strict=True)
+            return rows, [log_softmax(logits[:-1]).gather(1, targets[:, None])[:, 0].cpu() for logits, targets in pairs]
+
+    def _score_rows(self, body: Body, rows: list[IntArray]) -> list[Tensor]:
+        layout = body.lay_out([row[:-1] for row in rows])
+        inputs = [{"target_tokens": torch.from_numpy(row[1:])} for row in rows]
+        pairs = plan_pairs(layout, resolve_loss("cross_entropy"), inputs, backward=False)
+        body.use(None)
+        return score(self._output_head, body.forward(layout, pairs.places_U.to(self._device), keep=False), pairs, inputs, self._buffers)
 
     # -- adapters
 
@@ -171,61 +197,69 @@ class PeftTrainer:
         outer = self._in_pass
         self._in_pass = outer or model_id  # a pass inside a pass is never interrupted itself
         try:
-            with self._layers.using(adapter.weights):
-                return self._pass(adapter, data, loss, backward=backward, give_way=outer is None)
+            return self._pass(adapter, data, loss, backward=backward, give_way=outer is None)
         finally:
             self._in_pass = outer
 
     def _pass(self, adapter: _Adapter, data: Sequence[Datum], loss: LossCall, *, backward: bool, give_way: bool) -> ForwardBackwardOutput:
-        items = [_Item(d.model_input.to_ints(), {k: v.to(self._device) for k, v in loss_inputs(d, loss).items()}) for d in data]
+        items = [_Item(np.asarray(datum.model_input.to_ints(), dtype=np.int64), loss_inputs(datum, loss)) for datum in data]
         logprobs_D: list[Tensor] = [torch.empty(0)] * len(items)
-        gradients: dict[str, Tensor] = {}  # of this call alone, added to the adapter's once everything has succeeded
-        todo = plan_micro_batches([len(item.tokens) for item in items], self._max_tokens)[::-1]
+        gradients: Gradients = {}  # of this call alone, added to the adapter's once everything has succeeded
+        todo = self._body.plan([item.tokens_T for item in items], self._max_tokens)[::-1]
         while todo:
             group = todo.pop()
             try:
-                parts, grads = self._micro_batch(adapter, [items[i] for i in group], loss, backward=backward)
+                parts, found = self._micro_batch(adapter, [items[i] for i in group], loss, backward=backward)
             except RuntimeError as err:
                 if not _is_out_of_memory(err) or len(group) == 1:
                     raise EngineError(self._failure(err, group, items), engine=ENGINE, operation="forward_backward") from err
-                self._max_tokens = max(1, min(self._max_tokens, len(group) * len(items[group[0]].tokens)) // 2)
+                self._max_tokens = max(1, min(self._max_tokens, sum(len(items[i].tokens_T) for i in group)) // 2)
                 todo += [group[len(group) // 2 :], group[: len(group) // 2]]
-                parts, grads = [], []
+                parts, found = [], {}
+                self._body.free()
+                self._buffers.clear()
                 _free_memory()
                 continue
             for i, part in zip(group, parts, strict=True):
                 logprobs_D[i] = part
-            for name, grad in zip(adapter.parameters, grads, strict=False):
-                gradients[name] = gradients[name].add_(grad) if name in gradients else grad
+            for name, gradient in found.items():
+                gradients[name] = gradients[name].add_(gradient) if name in gradients else gradient
             if todo and give_way and self.between_micro_batches is not None:
                 self.between_micro_batches()
         metrics = loss_metrics(loss, logprobs_D, [item.inputs for item in items])
         if backward:
+            for name, parameter in adapter.parameters.items():
+                gradients.setdefault(name, torch.zeros_like(parameter, requires_grad=False))
             self._accumulate(adapter, gradients, metrics)
         outputs = [{"logprobs": TensorData.from_numpy(part.cpu().numpy().astype(np.float32, copy=False))} for part in logprobs_D]
         return ForwardBackwardOutput(loss_fn_output_type="ArrayRecord", loss_fn_outputs=outputs, metrics=metrics)
 
-    def _micro_batch(self, adapter: _Adapter, items: list[_Item], loss: LossCall, *, backward: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """Per-datum log-probabilities (detached, shape of target_tokens) and the gradients in parameter order (none if not backward)."""
-        with torch.set_grad_enabled(backward):
-            logprobs = self._target_logprobs([item.tokens for item in items], [item.inputs["target_tokens"] for item in items])
-            if not backward:
-                return logprobs, []
-            total = loss_sum(loss, logprobs, [item.inputs for item in items])
-            grads = torch.autograd.grad(total, list(adapter.parameters.values()), allow_unused=True)
-        filled = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, adapter.parameters.values(), strict=True)]
-        return [part.detach() for part in logprobs], filled
+    def _micro_batch(self, adapter: _Adapter, items: list[_Item], loss: LossCall, *, backward: bool) -> tuple[list[Tensor], Gradients]:
+        """Per-datum log-probabilities in the shape of target_tokens, and the adapter's gradients (none if not backward)."""
+        inputs = [item.inputs for item in items]
+        layout = self._body.lay_out([item.tokens_T for item in items])
+        pairs = plan_pairs(layout, loss, inputs, backward=backward)
+        self._body.use(adapter.weights)
+        hidden_UH = self._body.forward(layout, pairs.places_U.to(self._device), keep=backward)
+        head = self._head_with(adapter.weights)
+        if not backward:
+            return score(head, hidden_UH, pairs, inputs, self._buffers), {}
+        result = loss_pass(head, hidden_UH, pairs, loss, inputs, self._buffers)
+        gradients: Gradients = {}
+        self._body.backward(result.d_hidden_UH, gradients)
+        for side, gradient in (("A", result.d_a_RH), ("B", result.d_b_VR)):
+            if gradient is not None:
+                gradients[f"{self._head_path}.lora_{side}.weight"] = gradient
+        return result.logprobs_D, gradients
 
-    def _target_logprobs(self, rows: list[list[int]], targets: list[Tensor]) -> list[Tensor]:
-        batch = pad(rows, self._device)
-        hidden_BLH = self._base.base_model(input_ids=batch.input_ids_BL, use_cache=False).last_hidden_state
-        hidden_TH = hidden_BLH.flatten(0, 1)[batch.flat_index_T]
-        widest = max(t.shape[1] if t.dim() == 2 else 1 for t in targets)
-        columns = [t[:, None] if t.dim() == 1 else t for t in targets]
-        targets_TK = torch.cat([nn.functional.pad(t, (0, widest - t.shape[1])) for t in columns])
-        logprobs_TK = token_logprobs(self._head, hidden_TH, targets_TK, self.info.vocab_size)
-        parts: tuple[Tensor, ...] = torch.split(logprobs_TK, batch.lengths)
-        return [part[:, 0] if t.dim() == 1 else part[:, : t.shape[1]] for part, t in zip(parts, targets, strict=True)]
+    def _head_with(self, weights: LoraWeights | None) -> OutputHead:
+        return replace(self._output_head, lora=None if weights is None else weights.layers.get(self._head_path))
+
+    def _hidden(self, weights: LoraWeights | None, tokens: Sequence[int]) -> Tensor:
+        """Last hidden states of one row: [T, H], good until the next pass."""
+        layout = self._body.lay_out([np.asarray(tokens, dtype=np.int64)])
+        self._body.use(weights)
+        return self._body.forward(layout, torch.arange(len(tokens), device=self._device), keep=False)
 
     def _accumulate(self, adapter: _Adapter, gradients: dict[str, Tensor], metrics: dict[str, float]) -> None:
         bad = [name for name, grad in gradients.items() if not torch.isfinite(grad).all()]
@@ -241,30 +275,30 @@ class PeftTrainer:
             adapter.gradients[name] = adapter.gradients[name].add_(grad) if name in adapter.gradients else grad.float()
 
     def _failure(self, err: Exception, group: list[int], items: list[_Item]) -> str:
-        sizes = [len(items[i].tokens) for i in group]
+        sizes = [len(items[i].tokens_T) for i in group]
         if _is_out_of_memory(err):
             return f"datum {group[0]} with {sizes[0]} tokens does not fit into the memory of {self._device} even alone: shorten it"
         return f"{len(group)} datums of up to {max(sizes)} tokens failed on {self._device}: {err}"
 
     def compute_logprobs(self, model_id: str | None, tokens: Sequence[int]) -> list[float | None]:
-        rows, targets = [list(tokens[:-1])], [torch.tensor(tokens[1:], dtype=torch.int64, device=self._device)]
+        weights = None if model_id is None else self._adapter(model_id).weights
         if len(tokens) < 2:
             return [None] * len(tokens)
-
-        with self._layers.using(None if model_id is None else self._adapter(model_id).weights), torch.no_grad():
-            return [None, *self._target_logprobs(rows, targets)[0].tolist()]
+        hidden_TH = self._hidden(weights, tokens[:-1])
+        targets_T = torch.tensor(tokens[1:], dtype=torch.int64, device=self._device)
+        rows_T = torch.arange(len(targets_T), device=self._device)
+        return [None, *head_pass(self._head_with(weights), hidden_TH, rows_T, targets_T, None, buffers=self._buffers).logprobs_P.tolist()]
 
     def score_prompt(self, call: SampleCall) -> PromptScores:
         tokens = check_call(call, self.info).tokens
         seed = secrets.randbits(63) if call.params.seed is None else call.params.seed & SEED_MASK
         scorer = PromptScorer(call, tokens, seed, self._device)
-        chunk = max(1, CHUNK_ELEMENTS // self.info.vocab_size)
-
-        with self._layers.using(None if call.adapter is None else self._version(call.adapter)), torch.no_grad():
-            ids_BL = torch.tensor([tokens], device=self._device)
-            hidden_TH = self._base.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state[0]
+        weights = None if call.adapter is None else self._version(call.adapter)
+        with torch.no_grad():
+            head, hidden_TH = self._head_with(weights), self._hidden(weights, tokens)
+            chunk = max(1, CHUNK_BYTES[self._device.type] // (self.info.vocab_size * hidden_TH.element_size()))
             for start in range(0, len(tokens), chunk):
-                scorer.add(self._head(hidden_TH[start : start + chunk]), start)
+                scorer.add(head.logits(hidden_TH[start : start + chunk]), start)
         return scorer.scores()
 
     def _version(self, adapter: AdapterRef) -> LoraWeights:

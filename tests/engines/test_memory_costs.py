@@ -5,17 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, MixtralConfig, Qwen3Config
 
 from ptlab.engines.memory_costs import (
     ModelShape,
+    Recompute,
+    kept_bytes_per_token,
     kv_bytes_per_token,
     lora_parameters,
     lora_slot_bytes,
     lora_state_bytes,
-    saved_bytes_per_token,
 )
 from ptlab.engines.peft_trainer import PeftTrainer
 from ptlab.errors import ConfigError
@@ -74,29 +76,29 @@ def test_lora_bytes_by_hand() -> None:
     assert lora_slot_bytes(shape, 32, 2) == 2 * (parameters + 32 * 132_352)
 
 
+@pytest.mark.parametrize("recompute", ["nothing", "mlp", "layers"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
-def test_saved_bytes_are_what_autograd_saves(family: str, dtype: str, tiny_qwen3_dir: Path, tiny_llama_dir: Path) -> None:
-    """Sees a tensor kept twice, a cast forgotten, a family's own norms: each is more than the tolerance of 4 %, which is for the rotary
-    factors and norm factors that a model of 64 channels feels."""
-    rank, tokens = 8, 200
-    trainer = PeftTrainer(str(tiny_qwen3_dir if family == "qwen3" else tiny_llama_dir), name="tiny", dtype=dtype)
+def test_kept_bytes_are_what_the_decoder_keeps(
+    family: str, dtype: str, recompute: Recompute, tiny_qwen3_dir: Path, tiny_llama_dir: Path
+) -> None:
+    """By the storages that are alive between forward and backward and belong to one layer: sees a tensor kept twice, or forgotten here."""
+    rank, tokens = 8, 192  # a whole number of rows for bfloat16 too
+    trainer = PeftTrainer(str(tiny_qwen3_dir if family == "qwen3" else tiny_llama_dir), name="tiny", dtype=dtype, recompute=recompute)
     trainer.create_adapter("m", LoraConfig(rank=rank, seed=0))
-    base: Any = trainer._base
-    adapter = trainer._adapters["m"].weights
-    weights = {parameter.untyped_storage().data_ptr() for parameter in (*base.parameters(), *adapter.parameters.values())}
-    kept: list[torch.Tensor] = []  # alive, so that no two tensors get one address
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with trainer._layers.using(adapter), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        base.base_model(input_ids=torch.arange(tokens).reshape(2, -1), use_cache=False)
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
-    saved = sum(size for address, size in storages.items() if address not in weights)
-    shape = ModelShape.of(base.config)
-    last_norm = 4 * shape.hidden_size
-    expected = shape.num_layers * saved_bytes_per_token(shape, rank, torch.empty(0, dtype=getattr(torch, dtype)).element_size()) + last_norm
-    assert saved / tokens == pytest.approx(expected, rel=0.04)
+    body: Any = trainer._body
+    body.use(trainer._adapters["m"].weights)
+    body.free()
+    body.forward(body.lay_out([np.arange(tokens)]), torch.arange(tokens), keep=True)
+    decoder = body._decoder
+    kept = [
+        t
+        for k in decoder._kept
+        for t in (k.qkv_raw, k.attended_TQ, k.middle_TH, k.gate_up, k.attention.q_TQD, k.attention.k_TGD)
+        if t is not None
+    ]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*decoder._xs, *kept)}
+    shape = ModelShape.of(trainer._base.config)
+    element_bytes = 4 if dtype == "float32" else 2
+    assert sum(storages.values()) / tokens == shape.num_layers * kept_bytes_per_token(shape, rank, element_bytes, recompute)
     assert shape.num_parameters == pytest.approx(trainer.num_parameters, rel=0.001)

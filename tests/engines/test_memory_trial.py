@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ptlab.engines.memory_costs import Recompute
 from ptlab.engines.memory_plan import MicroBatch
 from ptlab.engines.memory_trial import cuda_peak_bytes, worst_case_trial
 from ptlab.engines.peft_trainer import PeftTrainer
@@ -19,15 +20,15 @@ from ptlab.types import Datum, ForwardBackwardOutput, LoraConfig
 class AdjustedTrainer(PeftTrainer):
     """Notes what it is asked to do; `limit` is the size above which it behaves as if memory ran out."""
 
-    checkpoint = False
+    recompute: Recompute = "nothing"
 
     def __init__(self, path: Path, limit: int = 10**9) -> None:
         super().__init__(str(path), name="tiny")
         self.limit, self.lengths = limit, list[list[int]]()
 
-    def set_micro_batch(self, tokens: int, *, checkpoint: bool) -> None:
-        super().set_micro_batch(tokens, checkpoint=checkpoint)
-        self.checkpoint = checkpoint
+    def set_micro_batch(self, tokens: int, *, recompute: Recompute) -> None:
+        super().set_micro_batch(tokens, recompute=recompute)
+        self.recompute: Recompute = recompute
 
     def forward_backward(self, model_id: str, data: Sequence[Datum], loss: LossCall) -> ForwardBackwardOutput:
         self.lengths.append([datum.model_input.length for datum in data])
@@ -46,20 +47,20 @@ def meter(work: Callable[[], None]) -> int:
 def test_it_fills_the_micro_batch_with_long_rows_and_leaves_nothing(tiny_qwen3_dir: Path) -> None:
     trainer = AdjustedTrainer(tiny_qwen3_dir)
     trial = worst_case_trial(trainer, longest_tokens=40, lora=LoraConfig(rank=4, seed=0), meter=meter)
-    assert trial(MicroBatch(tokens=128, checkpoint=True)) == 12345
-    assert trial(MicroBatch(tokens=40, checkpoint=False)) == 12345
+    assert trial(MicroBatch(tokens=128, recompute="layers")) == 12345
+    assert trial(MicroBatch(tokens=40, recompute="nothing")) == 12345
     assert trainer.lengths == [[32, 32, 32, 32], [40]]
-    assert (trainer.tokens_per_micro_batch, trainer.checkpoint) == (40, False)
+    assert (trainer.tokens_per_micro_batch, trainer.recompute) == (40, "nothing")
     trainer.create_adapter("memory-trial", LoraConfig(rank=4, seed=0))  # its own is gone
 
 
 def test_out_of_memory_is_none_also_where_the_trainer_coped(tiny_qwen3_dir: Path) -> None:
     trainer = AdjustedTrainer(tiny_qwen3_dir, limit=100)
     trial = worst_case_trial(trainer, longest_tokens=40, lora=LoraConfig(rank=4, seed=0), meter=meter)
-    assert trial(MicroBatch(tokens=120, checkpoint=False)) is None  # halved inside the trainer, which answers
-    assert trial(MicroBatch(tokens=80, checkpoint=False)) == 12345
+    assert trial(MicroBatch(tokens=120, recompute="nothing")) is None  # halved inside the trainer, which answers
+    assert trial(MicroBatch(tokens=80, recompute="nothing")) == 12345
     alone = worst_case_trial(trainer, longest_tokens=120, lora=LoraConfig(rank=4, seed=0), meter=meter)
-    assert alone(MicroBatch(tokens=120, checkpoint=False)) is None
+    assert alone(MicroBatch(tokens=120, recompute="nothing")) is None
     trainer.create_adapter("memory-trial", LoraConfig(rank=4, seed=0))
 
 
@@ -67,7 +68,7 @@ def test_other_failures_are_not_called_out_of_memory(tiny_qwen3_dir: Path) -> No
     trainer = AdjustedTrainer(tiny_qwen3_dir)
     trial = worst_case_trial(trainer, longest_tokens=10_000, lora=LoraConfig(rank=0), meter=meter)
     with pytest.raises(ValueError, match="rank"):
-        trial(MicroBatch(tokens=10_000, checkpoint=False))
+        trial(MicroBatch(tokens=10_000, recompute="nothing"))
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ptlab.engines import peft_trainer
+from ptlab.engines.head_pass import OutputHead
 from ptlab.engines.peft_trainer import PeftTrainer
 from ptlab.engines.protocols import AdapterRef, SampleCall
 from ptlab.errors import CheckpointError, EngineError, InvalidRequestError, NotFoundError
@@ -274,9 +275,9 @@ def of_other_tenants(trainer: PeftTrainer, version: AdapterRef, directory: Path)
     ]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_others_between_micro_batches_change_no_number(model_dir: Path, tmp_path: Path, checkpointing: bool) -> None:
-    alone, shared = (trained(model_dir, tokens_per_micro_batch=1, gradient_checkpointing=checkpointing) for _ in range(2))
+@pytest.mark.parametrize("recompute", ["nothing", "mlp", "layers"])
+def test_others_between_micro_batches_change_no_number(model_dir: Path, tmp_path: Path, recompute: str) -> None:
+    alone, shared = (trained(model_dir, tokens_per_micro_batch=1, recompute=recompute) for _ in range(2))
     alone.save_adapter("m", tmp_path)
     data = batch(40, lengths=(5, 12, 3, 9, 12, 4, 4, 8, 2, 6, 7, 3))
     answers: list[list[Any]] = []
@@ -450,7 +451,7 @@ def test_a_failing_call_leaves_the_gradients_as_they_were(tiny_qwen3_dir: Path, 
 
 
 def test_recomputing_activations_changes_no_number(tiny_llama_dir: Path) -> None:
-    plain, recomputing = trained(tiny_llama_dir, steps=1), trained(tiny_llama_dir, steps=1, gradient_checkpointing=True)
+    plain, recomputing = trained(tiny_llama_dir, steps=1), trained(tiny_llama_dir, steps=1, recompute="layers")
     outputs = [t.forward_backward("m", batch(6), CROSS_ENTROPY) for t in (plain, recomputing)]
     assert outputs[0].metrics == pytest.approx(outputs[1].metrics, rel=1e-6)
     for name, grad in gradients(recomputing).items():
@@ -465,7 +466,8 @@ def test_bfloat16_compute_keeps_float32_masters_and_comes_close(tiny_qwen3_dir: 
 
 
 def test_an_output_head_that_ptlab_does_not_know_is_refused(tiny_qwen3_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peft_trainer, "output_head", lambda model: lambda hidden_TH: 1.5 * model.get_output_embeddings()(hidden_TH))
+    head = OutputHead.of
+    monkeypatch.setattr(OutputHead, "of", lambda model, lora: replace(head(model, lora), scale=1.5))
     with pytest.raises(EngineError, match=r"differ from the model's own by .* nats"):
         make(tiny_qwen3_dir)
 
