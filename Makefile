@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 SAMPLER = $(shell ls -d $(VENV)/lib/python3*/site-packages/vllm >/dev/null 2>&1 || echo --set engines.sampler.kind=torch)
 SETUP  := $(VENV)/.setup$(if $(filter 0,$(WITH_VLLM)),-without-vllm)
 
-.PHONY: help setup quickstart smoke test test-sdk test-cookbook lint types ci clean
+.PHONY: help setup quickstart smoke test test-sdk test-cookbook bench bench-trainer lint types ci clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,8 @@ help:
 	@echo "make test         run the tests"
 	@echo "make test-sdk     run the official SDKs 0.38.0 and 0.25.0 against ptlab serve, and check docs/compatibility.md"
 	@echo "make test-cookbook  run recipes of the Tinker cookbook against ptlab serve"
+	@echo "make bench-trainer  the trainer against TRL on the same batches, ratios in the last lines (ARGS=--quick: does it run?)"
+	@echo "make bench        all benchmarks: trainer and whole steps against TRL, cost model, scaling, losses (about two hours)"
 	@echo "make setup        only install into $(VENV), and look whether all is well (ptlab doctor)"
 	@echo "make lint types   ruff, mypy"
 	@echo "make ci           all of the above, as continuous integration does"
@@ -53,6 +55,17 @@ test-sdk: $(VENV)/.dev
 test-cookbook: $(VENV)/.dev
 	scripts/setup_cookbook_venv.sh .venv-cookbook
 	$(BIN)/python -m pytest -m cookbook tests/cookbook $(ARGS)
+
+# TRL in an environment of its own; ptlab's is the one of `make quickstart`.
+bench-trainer: $(SETUP)
+	scripts/setup_trl_venv.sh .venv-trl
+	$(BIN)/python benchmarks/trainer.py --against trl $(ARGS)
+
+bench: bench-trainer
+	$(BIN)/python benchmarks/end_to_end.py
+	$(BIN)/python benchmarks/cost_model.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python scripts/benchmark_losses.py --quick
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

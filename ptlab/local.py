@@ -217,7 +217,11 @@ def _open_peft(name: str, path: str, config: PeftTrainerConfig) -> PeftTrainer:
 
     on_gpu = torch.cuda.is_available()
     trainer = PeftTrainer(
-        path, name=name, dtype=config.dtype, tokens_per_micro_batch=config.tokens_per_micro_batch, recompute="layers" if on_gpu else "nothing"
+        path,
+        name=name,
+        dtype=config.dtype,
+        tokens_per_micro_batch=config.tokens_per_micro_batch,
+        recompute="layers" if on_gpu else "nothing",
     )
     if not on_gpu and trainer.num_parameters < SMALL_MODEL_PARAMETERS:
         torch.set_num_threads(1)

@@ -9,7 +9,7 @@ from ptlab.config.loading import load_config
 from ptlab.config.offline import OfflineConfig
 from ptlab.config.preference import DpoConfig, RewardModelConfig
 from ptlab.config.recipes import CONFIGS
-from ptlab.config.rl import EvalConfig, GroupCentredConfig, KlConfig, RlConfig, RolloutConfig
+from ptlab.config.rl import EvalConfig, GroupCentredConfig, KlConfig, RlConfig, RlOptimConfig, RolloutConfig
 from ptlab.config.run import RunConfig
 from ptlab.config.sections import (
     CheckpointConfig,
@@ -48,6 +48,7 @@ __all__ = [
     "PromptDistillConfig",
     "RewardModelConfig",
     "RlConfig",
+    "RlOptimConfig",
     "RolloutConfig",
     "RunConfig",
     "SamplerConfig",

@@ -8,10 +8,11 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ptlab.config.run import RunConfig
-from ptlab.config.sections import LossConfig
+from ptlab.config.sections import LossConfig, OptimConfig
 from ptlab.envs.addition import AdditionConfig
 from ptlab.envs.table import EnvConfig
 from ptlab.losses import LOSSES
+from ptlab.rl.rollout_correction import CorrectionConfig, NoCorrectionConfig
 from ptlab.section import Section
 
 
@@ -51,6 +52,12 @@ class EvalConfig(Section):
     """Attempts at each held-out problem at `temperature`; n of them give eval/pass@k for k = 1, 2, 4, ... up to n."""
 
 
+class RlOptimConfig(OptimConfig):
+    updates_per_batch: int = Field(default=1, ge=1)
+    """Optimizer steps per batch: its datums are dealt into so many minibatches, each trained on once. From the second on the weights are
+    no longer those that sampled; take a loss that stands that (docs/losses.md, docs/loss-benchmark.md)."""
+
+
 class KlConfig(Section):
     """A penalty on leaving a reference model, in the reward, token by token."""
 
@@ -71,6 +78,10 @@ class RlConfig(RunConfig):
     """How answers are drawn while training."""
     loss: LossConfig = LossConfig()
     """What forward_backward computes."""
+    optim: RlOptimConfig = RlOptimConfig()
+    """How gradients become weights."""
+    correction: CorrectionConfig = NoCorrectionConfig()
+    """What a batch is worth that older weights, or another engine, sampled (rl/rollout_correction.py)."""
     advantage: GroupCentredConfig = GroupCentredConfig()
     """How rewards become advantages."""
     kl: KlConfig = KlConfig()

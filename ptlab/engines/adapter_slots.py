@@ -49,11 +49,16 @@ class AdapterSlots:
         if self._slots.pop(adapter, None) is not None:
             self.activate(None)
 
-    def activate(self, adapter: AdapterRef | None) -> None:
-        """Compute with exactly this adapter from now on; None = the base model. Raises: EngineError if it is not loaded."""
+    def activate(self, adapter: AdapterRef | None) -> LoraWeights | None:
+        """Compute with exactly this adapter from now on, whose matrices are returned; None = the base model.
+
+        Raises: EngineError if it is not loaded.
+        """
         if adapter is not None and adapter not in self._slots:
             raise not_loaded(adapter, ENGINE)
-        self._layers.use(None if adapter is None else self._slots[adapter])
+        weights = None if adapter is None else self._slots[adapter]
+        self._layers.use(weights)
+        return weights
 
     def _read_back(self, adapter: AdapterRef) -> frozenset[str]:
         """Compare what the model computes with under this adapter with the file, value by value."""

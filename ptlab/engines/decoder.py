@@ -7,6 +7,7 @@ the CPU the memory is kept from call to call (buffers.py).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from ptlab.engines.buffers import Buffers
 from ptlab.engines.decoder_layer import DecoderLayer, Kept, Stream, norm_of, widest_spare
+from ptlab.engines.flex_attention import attention_for
 from ptlab.engines.fused_linear import Gradients
 from ptlab.engines.lora_layers import LoraWeights
 from ptlab.engines.memory_costs import Recompute
 from ptlab.engines.prefix_tree import Segment, TokenStream
-from ptlab.engines.row_ops import rms_norm, rms_norm_backward
-from ptlab.engines.tree_attention import TreeAttention
+from ptlab.engines.row_ops import rms_norm, rms_norm_backward, rotary_tables
+from ptlab.engines.tree_attention import Attention
 
 FAMILIES = {"llama": False, "mistral": False, "qwen2": False, "qwen3": True}
 """model_type of the models this file computes -> whether queries and keys are normalised."""
@@ -42,7 +44,8 @@ def can_decode(model: Any) -> bool:
 class Decoder:
     """Not thread-safe. One micro-batch at a time: `backward` belongs to the `forward` before it."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, apart: bool = False) -> None:
+        """apart: see FusedLinear."""
         body = model.base_model
         self._embedding, self._rotary = body.embed_tokens.weight, body.rotary_emb
         self.device: torch.device = self._embedding.device
@@ -50,7 +53,7 @@ class Decoder:
         self._buffers = Buffers(self.device)
         qk_norm = FAMILIES[model.config.model_type]
         self._layers = [
-            DecoderLayer(layer, f"{model.base_model_prefix}.layers.{i}", qk_norm=qk_norm, buffers=self._buffers)
+            DecoderLayer(layer, f"{model.base_model_prefix}.layers.{i}", qk_norm=qk_norm, buffers=self._buffers, apart=apart)
             for i, layer in enumerate(body.layers)
         ]
         self._norm = norm_of(body.norm)
@@ -99,8 +102,8 @@ class Decoder:
         self._xs, self._kept = [], []
         x_TH = self._take("x 0", padded, self._hidden)
         torch.index_select(self._embedding, 0, tokens_T.to(self.device), out=x_TH)
-        cos, sin = self._rotary(x_TH, positions_T.to(self.device)[None])
-        shared = self._stream = Stream(TreeAttention(segments, padded, self.device, self._buffers), cos[0].float(), sin[0].float())
+        tables = self._rotary_tables(x_TH, positions_T.to(self.device))
+        shared = self._stream = Stream(attention_for(segments, padded, self.device, self._buffers), *tables)
         for i, layer in enumerate(self._layers):
             out_TH = self._take(f"x {i + 1 if keep else (i + 1) % 2}", padded, self._hidden)
             kept = layer.forward(x_TH, out_TH, shared, owner=str(i) if every else "any", keep_gate_up=self.recompute != "mlp")
@@ -115,6 +118,25 @@ class Decoder:
         hidden_UH = self._take("hidden", len(rows_U), self._hidden)
         rms_norm(last_UH, *self._norm, out=hidden_UH)
         return hidden_UH
+
+    @torch.no_grad()
+    def step(self, tokens_B: Tensor, positions_B: Tensor, attentions: Sequence[Attention]) -> Tensor:
+        """One token a row, for samplers: hidden states after the last norm, [B, H], good until the next call.
+
+        Args:
+            attentions: one per layer; each has seen the rows' earlier tokens.
+        """
+        rows = len(tokens_B)
+        x_BH = self._take("x 0", rows, self._hidden)
+        torch.index_select(self._embedding, 0, tokens_B, out=x_BH)
+        tables = self._rotary_tables(x_BH, positions_B)
+        for i, (layer, attention) in enumerate(zip(self._layers, attentions, strict=True)):
+            out_BH = self._take(f"x {(i + 1) % 2}", rows, self._hidden)
+            layer.forward(x_BH, out_BH, Stream(attention, *tables), owner="any")
+            x_BH = out_BH
+        hidden_BH = self._take("hidden", rows, self._hidden)
+        rms_norm(x_BH, *self._norm, out=hidden_BH)
+        return hidden_BH
 
     @torch.no_grad()
     def backward(self, d_hidden_UH: Tensor, gradients: Gradients) -> None:
@@ -135,6 +157,10 @@ class Decoder:
             layer = self._layers[i]
             kept = self._kept.pop() if scratch_TH is None else layer.forward(self._xs[i], scratch_TH, self._stream, owner="any")
             layer.backward(d_TH, self._stream, kept, gradients, further=i > learning[0])
+
+    def _rotary_tables(self, x_TH: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self._rotary(x_TH, positions_T[None])
+        return rotary_tables(cos[0], sin[0], self._layers[0].qk_heads)
 
     def _take(self, name: str, tokens: int, width: int) -> Tensor:
         return self._buffers.take(name, tokens, width, dtype=self._dtype)

@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ptlab.engines.buffers import Buffers
 from ptlab.engines.fused_linear import FusedLinear, Gradients
 from ptlab.engines.lora_layers import LowRank
 from ptlab.engines.row_ops import position_heads, position_heads_backward, rms_norm, rms_norm_backward, swiglu, swiglu_backward
-from ptlab.engines.tree_attention import AttentionSaved, TreeAttention
+from ptlab.engines.tree_attention import Attention, AttentionSaved
 
 TILE_ROWS = 2048
 
@@ -41,35 +42,45 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """What all layers share in one micro-batch."""
+    """What a layer needs besides its input; in training all layers share one."""
 
-    attention: TreeAttention
-    cos_TD: Tensor
-    sin_TD: Tensor
+    attention: Attention
+    cos_TQD: Tensor
+    sin_TQD: Tensor
+    """row_ops.rotary_tables for all query heads and then all key heads."""
 
 
 class DecoderLayer:
     """Reads a transformers layer (`self_attn` with q, k, v, o projections, `mlp` with gate, up, down, two RMS norms) and takes over its
     weights as views."""
 
-    def __init__(self, layer: Any, path: str, *, qk_norm: bool, buffers: Buffers) -> None:
+    def __init__(self, layer: Any, path: str, *, qk_norm: bool, buffers: Buffers, apart: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
 
         def linear(parent: str, module: Any, *names: str) -> FusedLinear:
-            return FusedLinear([(f"{path}.{parent}.{name}", module.get_submodule(name)) for name in names], names[0], buffers)
+            return FusedLinear([(f"{path}.{parent}.{name}", module.get_submodule(name)) for name in names], names[0], buffers, apart=apart)
 
         self.qkv = linear("self_attn", attention, "q_proj", "k_proj", "v_proj")
         self.o = linear("self_attn", attention, "o_proj")
         self.gate_up = linear("mlp", mlp, "gate_proj", "up_proj")
         self.down = linear("mlp", mlp, "down_proj")
         self._norms = [norm_of(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
-        self._head_norms = qk_norm
-        heads = [norm_of(norm) for norm in (attention.q_norm, attention.k_norm)] if qk_norm else []
-        self._qk_norms: list[tuple[Tensor | None, float]] = [*heads] or [(None, 0.0), (None, 0.0)]
         self._head_dim, self._scaling = int(attention.head_dim), float(attention.scaling)
         self._query, self._key = int(attention.q_proj.weight.shape[0]), int(attention.k_proj.weight.shape[0])
         self._hidden, self._inner = self.qkv.in_features, self.down.in_features
+        self._qk_weight: Tensor | None = None
+        """Norm weights of all query heads and all key heads, [heads, head_dim]; None = no norm."""
+        self._qk_eps = 0.0
+        if qk_norm:
+            (q_weight, self._qk_eps), (k_weight, _) = norm_of(attention.q_norm), norm_of(attention.k_norm)
+            counts = (self._query // self._head_dim, self._key // self._head_dim)
+            self._qk_weight = torch.cat([weight.expand(count, -1) for weight, count in zip((q_weight, k_weight), counts, strict=True)])
         self._buffers, self._dtype = buffers, self.qkv.dtype
+
+    @property
+    def qk_heads(self) -> int:
+        """Query heads and key heads together."""
+        return (self._query + self._key) // self._head_dim
 
     @property
     def adapted(self) -> bool:
@@ -104,20 +115,19 @@ class DecoderLayer:
         tokens, hidden, inner = x_TH.shape[0], self._hidden, self._inner
         self._prepare()
         raw = self._take(f"qkv {owner}", tokens, self._query + 2 * self._key)
-        q, k, v = self._heads(raw)
-        q_ready, k_ready = q, k
-        if self._head_norms:
-            ready = self._take(f"qk {owner}", tokens, self._query + self._key)
-            q_ready, k_ready = self._by_head(ready[:, : self._query]), self._by_head(ready[:, self._query :])
+        qk_width = self._query + self._key
+        ready = raw if self._qk_weight is None else self._take(f"qk {owner}", tokens, qk_width)
+        qk, qk_ready, v = self._by_head(raw[:, :qk_width]), self._by_head(ready[:, :qk_width]), self._by_head(raw[:, qk_width:])
         for rows in tiles(x_TH):
             normed = self._take("normed", rows.stop - rows.start, hidden + self.qkv.spare)
             rms_norm(x_TH[rows], *self._norms[0], out=normed[:, :hidden])
             self.qkv.forward(normed, raw[rows])
-            for before, (weight, eps), after in zip((q, k), self._qk_norms, (q_ready, k_ready), strict=True):
-                position_heads(before[rows], weight, eps, stream.cos_TD[rows], stream.sin_TD[rows], out=after[rows])
+            tables = stream.cos_TQD[rows], stream.sin_TQD[rows]
+            position_heads(qk[rows], self._qk_weight, self._qk_eps, *tables, out=qk_ready[rows])
 
-        attended_TQD, saved = stream.attention.forward(q_ready, k_ready, v, self._scaling)
-        attended_TQ = attended_TQD.flatten(1)
+        q_ready, k_ready = self._by_head(ready[:, : self._query]), self._by_head(ready[:, self._query : qk_width])
+        attended_TQ = self._take(f"attended {owner}", tokens, self._query)
+        _, saved = stream.attention.forward(q_ready, k_ready, v, self._scaling, out=self._by_head(attended_TQ))
 
         middle_TH = self._take(f"middle {owner}", tokens, hidden)
         kept_gate_up = self._take(f"gate_up {owner}", tokens, 2 * inner + self.gate_up.spare) if keep_gate_up else None
@@ -136,7 +146,7 @@ class DecoderLayer:
     def _with_spare(self, attended_TQ: Tensor) -> Tensor:
         if not self.o.spare:
             return attended_TQ
-        wide = self._take("attended", attended_TQ.shape[0], self._query + self.o.spare)
+        wide = self._take("attended wide", attended_TQ.shape[0], self._query + self.o.spare)
         wide[:, : self._query] = attended_TQ
         return wide
 
@@ -196,9 +206,11 @@ class DecoderLayer:
         tokens, width, hidden = d_TH.shape[0], self._query + 2 * self._key, self._hidden
         d_qkv = self._take("d_qkv", tokens, width + self.qkv.spare)
         d_parts, raw = self._heads(d_qkv[:, :width]), self._heads(kept.qkv_raw[rows])
-        cos_TD, sin_TD = stream.cos_TD[rows], stream.sin_TD[rows]
-        for number, (weight, eps) in enumerate(self._qk_norms):
-            position_heads_backward(raw[number], weight, eps, cos_TD, sin_TD, d_ready[number], d_parts[number])
+        query_heads = self._query // self._head_dim
+        for number, heads in enumerate((slice(0, query_heads), slice(query_heads, None))):
+            weight = None if self._qk_weight is None else self._qk_weight[heads]
+            tables = stream.cos_TQD[rows, heads], stream.sin_TQD[rows, heads]
+            position_heads_backward(raw[number], weight, self._qk_eps, *tables, d_ready[number], d_parts[number])
         d_parts[2].copy_(d_ready[2])
 
         d_normed = self._take("d_normed", tokens, hidden) if further else None

@@ -131,5 +131,4 @@ def visible_blocks(until_T: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.bool_
 
 def block_lists(visited_RC: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """How many columns each row has, and which, first in each row of [R, C]; behind them the others."""
-    order_RC = np.argsort(~np.ascontiguousarray(visited_RC), axis=1, kind="stable")
-    return visited_RC.sum(1, dtype=np.int32), order_RC.astype(np.int32)
+    return visited_RC.sum(1, dtype=np.int32), np.argsort(~visited_RC, axis=1, kind="stable").astype(np.int32)

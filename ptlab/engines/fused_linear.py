@@ -29,8 +29,12 @@ Gradients = dict[str, Tensor]
 class FusedLinear:
     """The layers' weights become views of one matrix, so that the model they belong to goes on working, without a second copy."""
 
-    def __init__(self, layers: Sequence[tuple[str, nn.Linear]], role: str, buffers: Buffers) -> None:
-        """role: what it is in its layer; two of one role are never in use at once."""
+    def __init__(self, layers: Sequence[tuple[str, nn.Linear]], role: str, buffers: Buffers, *, apart: bool) -> None:
+        """
+        Args:
+            role: what it is in its layer; two of one role are never in use at once.
+            apart: keep the merged weight from `use` to `use`: as much memory again as the frozen weights, and no merging for each product.
+        """
         self.paths = [path for path, _ in layers]
         self._linears = [linear for _, linear in layers]
         first = self._linears[0].weight
@@ -40,7 +44,8 @@ class FusedLinear:
             start = self._rows[-1].stop if self._rows else 0
             self._rows.append(slice(start, start + linear.weight.shape[0]))
         self.out_features = self._rows[-1].stop
-        self._role, self._buffers = role, buffers
+        self._apart, self._prepared = apart, False
+        self._role, self._buffers = (self.paths[0] if apart else role), buffers
         self._merges = self.dtype == torch.float32
         self._spare = 0
         """Rows and columns of _matrix beyond the frozen weights."""
@@ -67,7 +72,7 @@ class FusedLinear:
 
     def use(self, adapters: Sequence[LowRank | None]) -> None:
         """Compute with these from now on, one per layer, as their numbers are now; to be called again when they have changed."""
-        self._parts, self._rank = [], 0
+        self._parts, self._rank, self._prepared = [], 0, False
         for number, adapter in enumerate(adapters):
             if adapter is not None:
                 rank = adapter.a_RI.shape[0]
@@ -103,7 +108,10 @@ class FusedLinear:
         return self._matrix[self.out_features + columns.start : self.out_features + columns.stop, : self.in_features]
 
     def prepare(self) -> None:
-        """Make the weight that the next calls multiply with: W + s B A, in memory shared with all layers of this role."""
+        """Make the weight that the next calls multiply with: W + s B A, in memory that all layers of this role share (not if `apart`)."""
+        if self._apart and self._prepared:
+            return
+        self._prepared = True
         frozen = self._matrix[: self.out_features, : self.in_features]
         if not (self._merges and self._parts):
             self._weight = frozen

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ptlab.engines.decode_step import DecodeStep, ModelStep
 from ptlab.engines.kv_cache import new_cache, select_rows
 from ptlab.engines.stop import StopRule, StopTexts
 from ptlab.engines.token_draw import RowParams, UniformStreams, distribution, pick
@@ -169,22 +170,24 @@ def generate(
     chunk_tokens: int,
     score: ScorePrompts | None = None,
     abandoned: Callable[[], Collection[int]] = tuple,
+    next_logits: DecodeStep | None = None,
 ) -> list[Drawn | None]:
     """Sample every draw after its prompt; prompts are distinct and none is empty.
 
     Args:
         score: see prefill().
         abandoned: owners whose draws are no longer wanted; asked every few steps. Their result is None.
+        next_logits: how a token is added to the cache, with the same adapter; None = by the model itself.
 
     Runs under inference_mode with whatever adapter is active in the model.
     """
     with torch.inference_mode():
         state = prefill(model, prompts, chunk_tokens=chunk_tokens, score=score)
-        return _decode(model, state, draws, stop_texts, abandoned)
+        return _decode(next_logits or ModelStep(model), state, draws, stop_texts, abandoned)
 
 
 def _decode(
-    model: Any, state: Prefilled, draws: Sequence[Draw], stop_texts: StopTexts, abandoned: Callable[[], Collection[int]]
+    next_logits: DecodeStep, state: Prefilled, draws: Sequence[Draw], stop_texts: StopTexts, abandoned: Callable[[], Collection[int]]
 ) -> list[Drawn | None]:
     device = state.logits_PV.device
     vocab_size = state.logits_PV.shape[-1]
@@ -246,14 +249,7 @@ def _decode(
             params = _params(draws, rows_B.tolist(), vocab_size, device)
         if padded:
             mask_BW = torch.cat([mask_BW, mask_BW.new_ones((len(rows_B), 1))], dim=1)
-        logits_BV = model(
-            input_ids=tokens_B[:, None],
-            attention_mask=mask_BW if padded else None,
-            position_ids=next_position_B[:, None],
-            past_key_values=state.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        logits_BV = next_logits(tokens_B, next_position_B, mask_BW if padded else None, state.cache)
         next_position_B = next_position_B + 1
     return _collect(draws, record, step, lengths_R, stopped_R)
 

@@ -21,6 +21,8 @@ import torch
 from ptlab.engines.adapter_slots import ENGINE, AdapterSlots
 from ptlab.engines.base_model import eos_token_ids, load_base_model, load_tokenizer
 from ptlab.engines.decode_attention import use_decode_attention
+from ptlab.engines.decode_step import DecoderStep, DecodeStep, ModelStep
+from ptlab.engines.decoder import can_decode
 from ptlab.engines.generation import Draw, generate
 from ptlab.engines.kv_cache import bytes_per_token
 from ptlab.engines.logprobs import log_softmax
@@ -78,7 +80,8 @@ class TorchSampler:
         use_decode_attention(self._model)
         self._eos_token_ids = eos_token_ids(self._model, tokenizer)
         self._stop_texts = StopTexts(tokenizer, self._info.vocab_size)
-        check_decoding(self._model, self._info, self._stop_texts)
+        self._step: DecodeStep = DecoderStep(self._model) if can_decode(self._model) else ModelStep(self._model)
+        check_decoding(self._model, self._info, self._stop_texts, self._step)
         self._slots = AdapterSlots(self._model)
         self._max_rows = max_rows
         self._max_tokens = max(1, _kv_budget(max_kv_bytes, self._model.device) // bytes_per_token(self._model))
@@ -259,7 +262,7 @@ class TorchSampler:
             self._run_batch(half)
 
     def _generate(self, batch: Batch) -> None:
-        self._slots.activate(batch.adapter)
+        self._step.use(self._slots.activate(batch.adapter))
         inputs = BatchInputs(batch, self._model.device)
         results = generate(
             self._model,
@@ -269,6 +272,7 @@ class TorchSampler:
             chunk_tokens=self._prefill_tokens,
             score=inputs.score if inputs.has_scorers else None,
             abandoned=lambda: range(len(inputs.jobs)) if self._closing else inputs.gone(),
+            next_logits=self._step,
         )
         inputs.deliver(batch, results)
 
@@ -289,7 +293,7 @@ def _kv_budget(asked: int | None, device: torch.device) -> int:
     return 2**30
 
 
-def check_decoding(model: Any, info: BaseModelInfo, stop_texts: StopTexts) -> None:
+def check_decoding(model: Any, info: BaseModelInfo, stop_texts: StopTexts, step: DecodeStep) -> None:
     """Compare padded, cached, batched decoding with plain forward passes on a few tokens.
 
     Raises: EngineError if they differ: the architecture does something this sampler does not know.
@@ -298,7 +302,8 @@ def check_decoding(model: Any, info: BaseModelInfo, stop_texts: StopTexts) -> No
     greedy = {"seed": 0, "stream": 0, "temperature": 0.0, "top_k": -1, "top_p": 1.0, "max_tokens": 3, "stop": StopRule(frozenset(), ())}
     draws = [Draw(prompt=i, owner=i, **greedy) for i in range(len(prompts))]  # type: ignore[arg-type]
     gap = 0.0
-    for prompt, drawn in zip(prompts, generate(model, prompts, draws, stop_texts=stop_texts, chunk_tokens=6), strict=True):
+    found = generate(model, prompts, draws, stop_texts=stop_texts, chunk_tokens=6, next_logits=step)
+    for prompt, drawn in zip(prompts, found, strict=True):
         assert drawn is not None
         tokens_T = torch.from_numpy(drawn.tokens_T).long().to(model.device)
         with torch.inference_mode():

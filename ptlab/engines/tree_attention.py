@@ -100,7 +100,7 @@ class TreeAttention:
     ) -> tuple[Tensor, AttentionSaved]:
         """Shapes: q [T, heads, head_dim]; k, v [T, kv heads, head_dim], any strides with a contiguous last dimension; `out` like q.
 
-        Pass `out` where its memory can be used again: fresh memory costs a sixth of the time here.
+        Pass `out` where its memory can be used again.
         """
         kv_heads, repeat, head_dim = _heads(q_TQD, k_TGD)
         out_GRD = self._take("out", kv_heads, len(q_TQD) * repeat, head_dim)

@@ -10,17 +10,19 @@ from ptlab.recipes.held_out import HeldOut
 from ptlab.recipes.interrupt import StopRequestedError, stop_on_signals
 from ptlab.recipes.models import ServiceModels, run_renderer
 from ptlab.recipes.training import Clock, RunResult, adam_params, finished, interrupted, open_training_client, save_checkpoint
-from ptlab.rl import datums, diagnostics, rollout
+from ptlab.rl import datums, diagnostics, rollout, updates
 from ptlab.rl.advantages import group_centred
 from ptlab.rl.kl_penalty import add_kl_penalty
 from ptlab.rl.prefetch import Prefetch
+from ptlab.rl.rollout_correction import corrected
 from ptlab.rl.types import TrajectoryGroup
 from ptlab.runlog import RunLog
-from ptlab.types import Datum, LossFnType
+from ptlab.types import Datum, ForwardBackwardOutput, LossFnType, OptimStepResponse
 
 if TYPE_CHECKING:
     from ptlab.client.sampling import SamplingClient
     from ptlab.client.service import ServiceClient
+    from ptlab.client.training import TrainingClient
 
 
 async def run(
@@ -77,15 +79,16 @@ async def run(
                         num_updates = diagnostics.newest_version(groups_P)
 
                     if data_D:
-                        trained = training_client.forward_backward(data_D, loss_fn, config.loss.config)  # both queued
-                        updated = training_client.optim_step(adam_params(config, step))  # before either is awaited
-                        output, optim = await trained, await updated
+                        taught_D, correction = await stop.unless_requested(
+                            corrected(data_D, config.correction, training_client, loss_fn, config.loss.config)
+                        )
+                        output, optim = await train(config, training_client, taught_D, loss_fn, step)
                         clock.lap("train")
                         sampling_client = await training_client.save_weights_and_get_sampling_client()
                         clock.lap("sync")
                         row |= diagnostics.summarise(groups_P, data_D, output, num_updates=num_updates)
-                        row |= diagnostics.optim_metrics(optim)
-                        num_updates = None if num_updates is None else num_updates + (not row.get("optim/skipped"))
+                        row |= correction | diagnostics.optim_metrics(optim)
+                        num_updates = None if num_updates is None else num_updates + int(row["optim/updates"])
                     else:  # every group agreed: nothing to learn from, and the sampler already holds these weights
                         row |= diagnostics.summarise(groups_P, [], None, num_updates=num_updates)
 
@@ -120,6 +123,21 @@ async def training_data(
         )
     ]
     return (data_D, {}) if reference is None else await add_kl_penalty(data_D, reference, config.kl.coef)
+
+
+async def train(
+    config: RlConfig, training_client: TrainingClient, data_D: Sequence[Datum], loss_fn: LossFnType, step: int
+) -> tuple[ForwardBackwardOutput, OptimStepResponse]:
+    """One forward_backward and one optimizer step, or several of each on parts of the batch; all queued before anything is awaited."""
+    queued = [
+        (
+            training_client.forward_backward(part_D, loss_fn, config.loss.config),
+            training_client.optim_step(adam_params(config, step)),
+        )
+        for part_D in updates.minibatches(data_D, config.optim.updates_per_batch)
+    ]
+    outputs, steps = [await trained for trained, _ in queued], [await updated for _, updated in queued]
+    return updates.joined_output(outputs), updates.joined_steps(steps)
 
 
 def rollout_speed(sampled_tokens: float, rollout_s: float) -> dict[str, float]:

@@ -196,11 +196,16 @@ def num_correct(group: TrajectoryGroup) -> int:
     return sum(last_metrics(trajectory).get("correct", 0.0) >= 1.0 for trajectory in group.trajectories_G)
 
 
+def sampled_tokens(datum: Datum) -> npt.NDArray[np.bool_]:
+    """Where the datum trains, [T]: its weights say so, or else its advantages, which are 0.0 off the sampled tokens."""
+    marks_T = datum.loss_fn_inputs["weights" if "weights" in datum.loss_fn_inputs else "advantages"].to_numpy()
+    return np.asarray(marks_T != 0)
+
+
 def _on_sampled(datum: Datum, target_logprobs_T: npt.NDArray[np.floating]) -> Floats:
-    """log p - log q where the datum trains: its weights say so, or else its advantages, which are 0.0 off the sampled tokens."""
-    marks = datum.loss_fn_inputs["weights" if "weights" in datum.loss_fn_inputs else "advantages"].to_numpy() != 0
+    """log p - log q where the datum trains."""
     sampling_logprobs_T = datum.loss_fn_inputs["logprobs"].to_numpy()
-    difference: Floats = (target_logprobs_T.astype(np.float64) - sampling_logprobs_T)[marks]
+    difference: Floats = (target_logprobs_T.astype(np.float64) - sampling_logprobs_T)[sampled_tokens(datum)]
     return difference
 
 

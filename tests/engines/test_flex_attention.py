@@ -43,6 +43,13 @@ def until(segments: list[Segment], num_tokens: int) -> np.ndarray:
     return until_T
 
 
+def test_a_segment_that_ends_with_its_block_is_not_visited_from_the_next() -> None:
+    until_T = np.repeat([2 * BLOCK, 2 * BLOCK, 3 * BLOCK], BLOCK)
+    some_BB, all_BB = visible_blocks(until_T)
+    assert some_BB.tolist() == [[True, False, False], [True, True, False], [False, False, True]]
+    assert all_BB.tolist() == [[False, False, False], [True, False, False], [False, False, False]]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_visible_blocks_are_those_of_the_dense_mask(seed: int) -> None:
     segments, tokens = random_tree(seed, groups=3)

@@ -71,10 +71,11 @@ def test_heads_are_normed_and_rotated(dtype: torch.dtype, tolerance: float, with
     weight, eps = (None, 0.0) if module is None else (module.weight, 1e-3)
 
     out = torch.empty_like(x) if with_norm else x.clone()  # without a norm in place, as the decoder does
-    row_ops.position_heads(x if with_norm else out, weight, eps, cos, sin, out=out)
+    tables = row_ops.rotary_tables(cos, sin, 3)
+    row_ops.position_heads(x if with_norm else out, weight, eps, *tables, out=out)
     assert relative(out, expected.detach()) < tolerance
     dx = torch.empty_like(x)
-    row_ops.position_heads_backward(x, weight, eps, cos, sin, d_out, dx)
+    row_ops.position_heads_backward(x, weight, eps, *tables, d_out, dx)
     assert relative(dx, gradient) < tolerance
 
 
@@ -111,7 +112,7 @@ def test_the_formulas_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         row_ops.swiglu_backward(gate_up, normal(tokens, 6), again)
         assert relative(act, expected) < 1e-6
         assert relative(again, expected) < 1e-6
-        x, heads, angles = normal(tokens, 16), normal(tokens, 3, 8), torch.ones(tokens, 8)
+        x, heads, angles = normal(tokens, 16), normal(tokens, 3, 8), torch.ones(tokens, 3, 8)
         normed = torch.empty_like(x)
         row_ops.rms_norm(x, torch.ones(16), 0.0, out=normed)
         torch.testing.assert_close(normed.square().mean(-1), torch.ones(tokens))

@@ -214,7 +214,7 @@ def crash_at(step: int) -> Callable[[int], None]:
 
 
 def test_a_crashed_run_resumes_and_repeats_what_the_unbroken_one_did(train):
-    settings = {"steps": 6, "checkpoint": {"every": 2}, "eval": {"every": 3}}
+    settings = {"steps": 6, "checkpoint": {"every": 2}, "eval": {"every": 3}, "optim": {"learning_rate": 0.1, "updates_per_batch": 2}}
     whole = train(UnigramDataset(constant_at=frozenset({1})), folder="whole", **settings)
     with pytest.raises(SystemExit):
         train(UnigramDataset(constant_at=frozenset({1}), on_step=crash_at(5)), folder="broken", **settings)
@@ -275,6 +275,21 @@ def test_a_batch_is_trained_on_at_most_k_steps_after_its_weights(train, k, ages)
     assert [row["policy/staleness_mean_steps"] for row in metrics] == ages  # a batch is of one version
     assert [row["gap/max_nats"] > 1e-3 for row in metrics] == [age > 0 for age in ages]
     assert (metrics[0]["eval/accuracy_greedy"], last["eval/accuracy_greedy"]) == (0.0, 1.0)  # and it learns
+
+
+@pytest.mark.parametrize(("k", "ages"), [(0, [0, 0, 0, 0]), (1, [0, 4, 4, 4])])
+def test_four_updates_per_batch_are_four_steps_of_the_optimizer(train, k, ages):
+    *metrics, last = train(UnigramDataset(), optim={"learning_rate": 0.1, "updates_per_batch": 4}, **ahead(k))
+    assert [row["optim/updates"] for row in metrics] == [4.0] * 4
+    assert [row["policy/staleness_max_steps"] for row in metrics] == ages  # of the batch as its first update finds it
+    assert all(row["gap/max_nats"] > 1e-3 for row in metrics)  # the later minibatches meet weights that did not sample them
+    assert (metrics[0]["eval/accuracy_greedy"], last["eval/accuracy_greedy"]) == (0.0, 1.0)
+
+
+def test_a_corrected_batch_is_compared_with_the_trainer_by_its_loss_and_with_the_sampler_by_the_gap(train):
+    stale = train(UnigramDataset(), correction={"kind": "truncate", "high": 1.1}, **ahead(1))[1]
+    assert stale["loss/ratio_max"] == pytest.approx(1.0, abs=1e-6) and stale["gap/max_nats"] > 1e-3
+    assert stale["correction/ratio_max"] == pytest.approx(stale["gap/ratio_max"], rel=1e-4) and stale["correction/truncated_frac"] > 0
 
 
 def test_a_batch_that_took_no_step_ages_nobody(train):
