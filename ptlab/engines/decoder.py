@@ -20,7 +20,7 @@ from ptlab.engines.fused_linear import Gradients
 from ptlab.engines.lora_layers import LoraWeights
 from ptlab.engines.memory_costs import Recompute
 from ptlab.engines.prefix_tree import Segment, TokenStream
-from ptlab.engines.row_ops import rms_norm, rms_norm_backward, rotary_tables
+from ptlab.engines.row_ops import rms_norm, rms_norm_backward
 from ptlab.engines.tree_attention import Attention
 
 FAMILIES = {"llama": False, "mistral": False, "qwen2": False, "qwen3": True}
@@ -160,7 +160,7 @@ class Decoder:
 
     def _rotary_tables(self, x_TH: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = self._rotary(x_TH, positions_T[None])
-        return rotary_tables(cos[0], sin[0], self._layers[0].qk_heads)
+        return cos[0].float(), sin[0].float()
 
     def _take(self, name: str, tokens: int, width: int) -> Tensor:
         return self._buffers.take(name, tokens, width, dtype=self._dtype)

@@ -45,9 +45,9 @@ class Stream:
     """What a layer needs besides its input; in training all layers share one."""
 
     attention: Attention
-    cos_TQD: Tensor
-    sin_TQD: Tensor
-    """row_ops.rotary_tables for all query heads and then all key heads."""
+    cos_TD: Tensor
+    sin_TD: Tensor
+    """float32."""
 
 
 class DecoderLayer:
@@ -76,11 +76,6 @@ class DecoderLayer:
             counts = (self._query // self._head_dim, self._key // self._head_dim)
             self._qk_weight = torch.cat([weight.expand(count, -1) for weight, count in zip((q_weight, k_weight), counts, strict=True)])
         self._buffers, self._dtype = buffers, self.qkv.dtype
-
-    @property
-    def qk_heads(self) -> int:
-        """Query heads and key heads together."""
-        return (self._query + self._key) // self._head_dim
 
     @property
     def adapted(self) -> bool:
@@ -122,7 +117,7 @@ class DecoderLayer:
             normed = self._take("normed", rows.stop - rows.start, hidden + self.qkv.spare)
             rms_norm(x_TH[rows], *self._norms[0], out=normed[:, :hidden])
             self.qkv.forward(normed, raw[rows])
-            tables = stream.cos_TQD[rows], stream.sin_TQD[rows]
+            tables = stream.cos_TD[rows], stream.sin_TD[rows]
             position_heads(qk[rows], self._qk_weight, self._qk_eps, *tables, out=qk_ready[rows])
 
         q_ready, k_ready = self._by_head(ready[:, : self._query]), self._by_head(ready[:, self._query : qk_width])
@@ -209,7 +204,7 @@ class DecoderLayer:
         query_heads = self._query // self._head_dim
         for number, heads in enumerate((slice(0, query_heads), slice(query_heads, None))):
             weight = None if self._qk_weight is None else self._qk_weight[heads]
-            tables = stream.cos_TQD[rows, heads], stream.sin_TQD[rows, heads]
+            tables = stream.cos_TD[rows], stream.sin_TD[rows]
             position_heads_backward(raw[number], weight, self._qk_eps, *tables, d_ready[number], d_parts[number])
         d_parts[2].copy_(d_ready[2])
 

@@ -1,9 +1,8 @@
 """The parts of a decoder layer that treat every token by itself: RMS norm, rotary embedding, SwiGLU; forward, and backward by hand.
 
-Cost: no products, only passes over memory, so what counts is where the numbers lie. On the CPU each operation runs over blocks of rows
-whose temporaries stay in the second-level cache, with as few passes as torch's operators allow; results go into buffers that the caller
-keeps (`out`), because touching fresh memory costs more than the arithmetic (docs/LOG.md). On CUDA a block is everything, and
-`torch.compile` makes one kernel of each formula.
+Cost: no products, only passes over memory. On the CPU one pass each, by row_kernels.cpp, where it can be compiled; else torch operators
+over blocks of rows whose temporaries stay in the second-level cache. Results go into buffers that the caller keeps (`out`), because
+touching fresh memory costs more than the arithmetic (docs/LOG.md). On CUDA `torch.compile` makes one kernel of each formula.
 
 The results are those of transformers' Llama and Qwen modules; norms and rotations are computed in float32 and rounded once, where
 transformers rounds to the compute type in between.
@@ -16,6 +15,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
+
+from ptlab.engines import row_kernels
 
 BLOCK_ELEMENTS = 2**16
 """Numbers of one operand in a block: 256 KiB in float32, a few of which fit into a core's second-level cache."""
@@ -66,6 +67,8 @@ def _rms_norm_backward(x: Tensor, weight_H: Tensor, eps: float, d_out: Tensor, a
 
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float, out: Tensor) -> None:
     """out = x / rms(x) * weight over the last dimension, in float32. Shapes: x and out [T, ..., H]; weight float32."""
+    if row_kernels.can_run(x, out) and x.dim() == 2:
+        return row_kernels.run("rms_norm", [x, (weight_H,), eps, out], [x.shape[1]])
     formula = _run(_rms_norm, x)
     for rows in row_blocks(x):
         formula(x[rows], weight_H, eps, out[rows])
@@ -73,6 +76,8 @@ def rms_norm(x: Tensor, weight_H: Tensor, eps: float, out: Tensor) -> None:
 
 def rms_norm_backward(x: Tensor, weight_H: Tensor, eps: float, d_out: Tensor, add_to: Tensor) -> None:
     """add_to += dL/dx, given x and dL/d(norm of x). The weight is frozen."""
+    if row_kernels.can_run(x, d_out, add_to) and x.dim() == 2:
+        return row_kernels.run("rms_norm_backward", [x, (weight_H,), eps, d_out, add_to], [x.shape[1]])
     formula = _run(_rms_norm_backward, x)
     for rows in row_blocks(x):
         formula(x[rows], weight_H, eps, d_out[rows], add_to[rows])
@@ -81,22 +86,30 @@ def rms_norm_backward(x: Tensor, weight_H: Tensor, eps: float, d_out: Tensor, ad
 # ----------------------------------------------------------------------------------------- heads: norm and rotary embedding
 
 
-def _rotate(x32: Tensor, cos_TQD: Tensor, sin_TQD: Tensor, sign: float) -> Tensor:
-    """x cos + (its halves changed places) sin, a new tensor."""
-    return torch.mul(x32, cos_TQD).addcmul_(torch.roll(x32, x32.shape[-1] // 2, -1), sin_TQD, value=sign)
+def _rotate_into(x32: Tensor, cos_TD: Tensor, sin_TD: Tensor, sign: float, out32: Tensor) -> None:
+    half = x32.shape[-1] // 2
+    first, second = x32[..., :half], x32[..., half:]
+    cos, sin = cos_TD[:, None, :half], sin_TD[:, None, :half]
+    _product(first, cos, out32[..., :half]).addcmul_(second, sin, value=-sign)
+    _product(second, cos, out32[..., half:]).addcmul_(first, sin, value=sign)
 
 
-def _position_heads(x: Tensor, weight_QD: Tensor | None, eps: float, cos_TQD: Tensor, sin_TQD: Tensor, out: Tensor) -> None:
+def _position_heads(x: Tensor, weight_QD: Tensor | None, eps: float, cos_TD: Tensor, sin_TD: Tensor, out: Tensor) -> None:
     x32 = x.float()
     if weight_QD is not None:
         x32 = (x32 * _inverse_rms(x32, eps)).mul_(weight_QD)
-    out.copy_(_rotate(x32, cos_TQD, sin_TQD, 1.0))
+    rotated = out if weight_QD is not None and out.dtype == torch.float32 else torch.empty_like(x32)
+    _rotate_into(x32, cos_TD, sin_TD, 1.0, rotated)
+    if rotated is not out:
+        out.copy_(rotated)
 
 
 def _position_heads_backward(
-    x: Tensor, weight_QD: Tensor | None, eps: float, cos_TQD: Tensor, sin_TQD: Tensor, d_out: Tensor, dx: Tensor
+    x: Tensor, weight_QD: Tensor | None, eps: float, cos_TD: Tensor, sin_TD: Tensor, d_out: Tensor, dx: Tensor
 ) -> None:
-    d_normed = _rotate(d_out.float(), cos_TQD, sin_TQD, -1.0)
+    d32 = d_out.float()
+    d_normed = torch.empty_like(d32)
+    _rotate_into(d32, cos_TD, sin_TD, -1.0, d_normed)
     if weight_QD is None:
         dx.copy_(d_normed)
         return
@@ -107,33 +120,27 @@ def _position_heads_backward(
     dx.copy_(d_unit.mul_(inverse).addcmul_(x32, along, value=-1.0))
 
 
-def rotary_tables(cos_TD: Tensor, sin_TD: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """cos and sin as the functions below read them: float32 [T, heads, D], the first half of sin negated.
-
-    Written out for every head, so that a block is one run of numbers: three times as fast on a CPU as with a table per token.
-    """
-    half = sin_TD.shape[-1] // 2
-    signed_TD = torch.cat((-sin_TD[:, :half], sin_TD[:, half:]), dim=1).float()
-    return tuple(table.float()[:, None].expand(-1, heads, -1).contiguous() for table in (cos_TD, signed_TD))  # type: ignore[return-value]
-
-
-def position_heads(x: Tensor, weight_QD: Tensor | None, eps: float, cos_TQD: Tensor, sin_TQD: Tensor, out: Tensor) -> None:
+def position_heads(x: Tensor, weight_QD: Tensor | None, eps: float, cos_TD: Tensor, sin_TD: Tensor, out: Tensor) -> None:
     """Queries or keys made ready: RMS norm over each head (Qwen3; weight None = none), then the rotary position embedding.
 
-    Shapes: x and out [T, heads, D], out may be x itself; weight [heads, D] or [D]; cos and sin from rotary_tables, [T, heads, D].
+    Shapes: x and out [T, heads, D], out may be x itself if there is no norm; cos and sin float32 [T, D], the second half as the first.
     """
+    if row_kernels.can_run(x, out) and x.shape[2] <= row_kernels.MOST_HEAD_DIM:
+        return row_kernels.run("position_heads", [x, (weight_QD,), eps, cos_TD, sin_TD, out], [*x.shape[1:]])
     formula = _run(_position_heads, x)
     for rows in row_blocks(x):
-        formula(x[rows], weight_QD, eps, cos_TQD[rows], sin_TQD[rows], out[rows])
+        formula(x[rows], weight_QD, eps, cos_TD[rows], sin_TD[rows], out[rows])
 
 
 def position_heads_backward(
-    x: Tensor, weight_QD: Tensor | None, eps: float, cos_TQD: Tensor, sin_TQD: Tensor, d_out: Tensor, dx: Tensor
+    x: Tensor, weight_QD: Tensor | None, eps: float, cos_TD: Tensor, sin_TD: Tensor, d_out: Tensor, dx: Tensor
 ) -> None:
     """dx = dL/dx. The rotation's transpose is the rotation back; x is read only where there is a norm."""
+    if row_kernels.can_run(x, d_out, dx) and x.shape[2] <= row_kernels.MOST_HEAD_DIM:
+        return row_kernels.run("position_heads_backward", [x, (weight_QD,), eps, cos_TD, sin_TD, d_out, dx], [*x.shape[1:]])
     formula = _run(_position_heads_backward, d_out)
     for rows in row_blocks(d_out):
-        formula(x[rows], weight_QD, eps, cos_TQD[rows], sin_TQD[rows], d_out[rows], dx[rows])
+        formula(x[rows], weight_QD, eps, cos_TD[rows], sin_TD[rows], d_out[rows], dx[rows])
 
 
 # ------------------------------------------------------------------------------------------------------------------ SwiGLU
@@ -150,14 +157,13 @@ def _swiglu_backward(gate_up: Tensor, d_act: Tensor, act: Tensor) -> None:
     _product(silu, up, act)
     d_silu = d_act * up
     _product(d_act, silu, up)
-    if torch.compiler.is_compiling():
-        gate.copy_(torch.ops.aten.silu_backward(d_silu, gate))
-    else:
-        torch.ops.aten.silu_backward.grad_input(d_silu, gate, grad_input=gate)
+    gate.copy_(torch.ops.aten.silu_backward(d_silu, gate))
 
 
 def swiglu(gate_up: Tensor, out: Tensor) -> None:
     """out = silu(gate) * up. Shapes: gate_up [T, 2 I], gate first; out [T, I]."""
+    if row_kernels.can_run(gate_up, out):
+        return row_kernels.run("swiglu", [gate_up, out], [out.shape[1]])
     formula = _run(_swiglu, gate_up)
     for rows in row_blocks(gate_up):
         formula(gate_up[rows], out[rows])
@@ -168,6 +174,8 @@ def swiglu_backward(gate_up: Tensor, d_act: Tensor, act: Tensor) -> None:
 
     Shapes: gate_up [T, 2 I], d_act = dL/d(act) [T, I].
     """
+    if row_kernels.can_run(gate_up, d_act, act):
+        return row_kernels.run("swiglu_backward", [gate_up, d_act, act], [d_act.shape[1]])
     formula = _run(_swiglu_backward, gate_up)
     for rows in row_blocks(gate_up):
         formula(gate_up[rows], d_act[rows], act[rows])
