@@ -28,6 +28,7 @@ LAPTOP = Facts(
     machine={"gpus": [], "cpu": "a cpu", "num_cpus": 2, "memory_bytes": 8 * GIB, "platform": "Linux"},
     system=("Linux", "x86_64"),
     cpu_flags=frozenset({"avx2", "avx512f", "avx512_bf16", "amx_bf16"}),
+    compiler=True,
     trainer=Probe(said=TRAINER_ON_CPU),
     vllm=Probe(said={"vllm": "0.32.0+cpu"}),
     places=[Place(name="runs", path=Path("/r"), free_bytes=50 * GIB, for_quickstart=True)],
@@ -165,6 +166,12 @@ def test_instruction_sets(flags: set[str], name: str, notes: list[str]) -> None:
     system = ("Linux", "aarch64") if "asimd" in flags else ("Linux", "x86_64")
     found = [line for line in lines(replace(LAPTOP, cpu_flags=frozenset(flags), system=system)) if "this CPU" in line]
     assert [note in line for note, line in zip(notes, found, strict=True)] == [True] * len(notes)
+
+
+def test_a_missing_compiler_is_a_note_where_the_kernels_would_be_used() -> None:
+    assert any("no C++ compiler" in line for line in lines(replace(LAPTOP, compiler=False)))
+    assert not any("no C++ compiler" in line for line in lines(replace(LAPTOP, compiler=False, system=("Darwin", "arm64"))))
+    assert not any("no C++ compiler" in line for line in lines(LAPTOP))
 
 
 def test_cpu_flags_are_read_from_x86_and_arm_and_nowhere(tmp_path: Path) -> None:
