@@ -229,7 +229,7 @@ def _cpu_findings(facts: Facts) -> list[Finding]:
         why, todo = "it computes bfloat16 in software, slower than float32", "leave dtype at auto (float32 on CPUs)"
         found.append(Finding(level="note", what="this CPU has no bfloat16 instructions", why=why, todo=todo))
     if facts.system == ("Linux", "x86_64") and not facts.compiler:
-        why, todo = "the trainer's CPU kernels need it; without them a step takes about 1.2 times as long", "install g++ for longer training on a CPU"
+        why, todo = "the trainer's CPU kernels need it; a step takes about 1.2 times as long without", "install it for longer training"
         found.append(Finding(level="note", what="no C++ compiler (g++) was found", why=why, todo=todo))
     if threads != "1":
         why = "with several OpenMP threads on a busy machine vLLM is 10 to 30 times slower"

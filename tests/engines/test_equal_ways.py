@@ -1,4 +1,4 @@
-"""However a call's work is laid out, its numbers are the same: packed, shared, in chunks, recomputed, each datum alone, padded rows; every loss."""
+"""However a call's work is laid out, its numbers are the same: packed, shared, in chunks, recomputed, alone, padded; every loss."""
 
 from __future__ import annotations
 
