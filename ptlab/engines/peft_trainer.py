@@ -129,8 +129,8 @@ class PeftTrainer:
                 if gap < self._allowed_gap and slope_gap < (1e-3 if self.info.dtype == "float32" else 0.1):
                     return decoder
                 reason = f"log-probabilities differ from the model's own by {gap:.3g} nats, gradients by {slope_gap:.3g} of their size"
-            except RuntimeError as err:  # of torch.compile, where a GPU's toolchain is not complete
-                reason = str(err)
+            except Exception as err:  # whatever a GPU's compilers raise where they are not complete
+                reason = f"{type(err).__name__}: {err}"
             logger.warning(
                 "%s: the decoder cannot be used, training goes on by the model's own modules, slower: %s", self.info.name, reason
             )

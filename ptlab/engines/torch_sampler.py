@@ -80,7 +80,8 @@ class TorchSampler:
         use_decode_attention(self._model)
         self._eos_token_ids = eos_token_ids(self._model, tokenizer)
         self._stop_texts = StopTexts(tokenizer, self._info.vocab_size)
-        self._step: DecodeStep = DecoderStep(self._model) if can_decode(self._model) else ModelStep(self._model)
+        by_decoder = self._model.device.type == "cpu" and can_decode(self._model)  # on a GPU its formulas would first be compiled
+        self._step: DecodeStep = DecoderStep(self._model) if by_decoder else ModelStep(self._model)
         check_decoding(self._model, self._info, self._stop_texts, self._step)
         self._slots = AdapterSlots(self._model)
         self._max_rows = max_rows
