@@ -73,11 +73,11 @@ def batch(loss: str) -> list[Datum]:
 
 def run(directory: Path, loss: str, **arguments: Any) -> tuple[PeftTrainer, float, list[Tensor], Tensor]:
     """Loss, log-probabilities per datum, and all gradients one behind the other, of an adapter on every target whose B is not zero."""
-    trainer = PeftTrainer(str(directory), name="tiny", device="cpu", **arguments)
+    trainer = PeftTrainer(str(directory), name="tiny", **{"device": "cpu", **arguments})
     trainer.create_adapter("m", LoraConfig(rank=4, seed=1))
     with torch.no_grad():
         for parameter in trainer._adapters["m"].parameters.values():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.03)
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)).to(parameter.device) * 0.03)
     config = {"clip_low_threshold": 0.2, "clip_high_threshold": 5.0} if loss == "gspo" else None  # the default leaves nothing to compare
     output = trainer.forward_backward("m", batch(loss), resolve_loss(loss, config))
     logprobs_D = [torch.from_numpy(o["logprobs"].to_numpy()) for o in output.loss_fn_outputs]
@@ -100,3 +100,15 @@ def test_every_way_gives_the_same_numbers(tiny_qwen3_dir: Path, loss: str, way: 
     assert (other_gradient - gradient).norm() < 1e-5 * gradient.norm()
     for ours, theirs in zip(logprobs_D, other_logprobs_D, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_gpu_gives_the_numbers_of_the_cpu(tiny_qwen3_dir: Path, loss: str) -> None:
+    """Through flex_attention and the compiled formulas, which no test without a GPU can run."""
+    _, value, _, gradient = run(tiny_qwen3_dir, loss)
+    trainer, other_value, _, other_gradient = run(tiny_qwen3_dir, loss, device="cuda", dtype="float32")
+    assert isinstance(trainer._body, DecoderBody)
+    assert other_value == pytest.approx(value, rel=1e-4)
+    assert (other_gradient.cpu() - gradient).norm() < 1e-3 * gradient.norm()  # TF32 is off; other orders of sums
