@@ -173,8 +173,3 @@ def _lay_out(rows: Sequence[IntArray], members_P: list[list[int]], nodes: list[_
         for node, start in zip(nodes, starts.tolist(), strict=False)
     ]
     return TokenStream(tokens_T, positions_T, segments, places_D)
-
-
-def visible_until(stream: TokenStream) -> IntArray:
-    """Per place the end of its segment's subtree: the query at q sees the key at k exactly if k <= q < visible_until[k]."""
-    return np.repeat([s.end for s in stream.segments], [s.length for s in stream.segments]).astype(np.int64)

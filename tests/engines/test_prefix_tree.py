@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ptlab.engines import prefix_tree
-from ptlab.engines.prefix_tree import IntArray, Segment, TokenStream, build_stream, count_tokens, find_paths, visible_until
+from ptlab.engines.prefix_tree import IntArray, Segment, TokenStream, build_stream, count_tokens, find_paths
 
 # few tokens, so that rows begin alike, contain one another and are equal; often with a common beginning
 alphabet = st.integers(0, 2)
@@ -19,6 +19,11 @@ rows_of_tokens = st.lists(
     max_size=12,
 )
 SHORTEST = [1, 2, 3, 8]
+
+
+def visible_until(stream: TokenStream) -> IntArray:
+    """Per place the end of its segment's subtree: the query at q sees the key at k exactly if k <= q < visible_until[k]."""
+    return np.repeat([s.end for s in stream.segments], [s.length for s in stream.segments]).astype(np.int64)
 
 
 def arrays(rows: Sequence[Sequence[int]]) -> list[IntArray]:
