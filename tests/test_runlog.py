@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ptlab.config import EvalConfig, LoggingConfig, OptimConfig, RlConfig, load_config
+from ptlab.config import EvalConfig, LoggingConfig, RlConfig, RlOptimConfig, load_config
 from ptlab.errors import ConfigError
 from ptlab.runlog import CheckpointEntry, RunLog, newest_sampler_weights
 
@@ -40,7 +40,7 @@ def run_steps(config: RlConfig, *, until: int, checkpoint_at: int | None = None)
 
 
 def test_a_new_run_has_its_config_and_provenance_before_the_first_step(make_config: Callable[..., RlConfig]) -> None:
-    config = make_config(optim=OptimConfig(learning_rate=4e-5))
+    config = make_config(optim=RlOptimConfig(learning_rate=4e-5))
     with RunLog.open(config, echo=silent) as log:
         assert log.last_checkpoint() is None
         assert load_config(log.directory / "config.yaml") == config
@@ -182,16 +182,16 @@ def test_two_writers_are_refused(make_config: Callable[..., RlConfig]) -> None:
 def test_resume_refuses_another_config_but_not_another_length(make_config: Callable[..., RlConfig]) -> None:
     run_steps(make_config(), until=3, checkpoint_at=2)
     with pytest.raises(ConfigError, match=r"was started with another config \(optim\.learning_rate: was 0\.001, is 0\.002\)"):
-        RunLog.open(make_config(optim=OptimConfig(learning_rate=2e-3)), resume=True, echo=silent)
+        RunLog.open(make_config(optim=RlOptimConfig(learning_rate=2e-3)), resume=True, echo=silent)
     longer = make_config(steps=9, eval=EvalConfig(every=3))
     RunLog.open(longer, resume=True, echo=silent).close()
     assert load_config(longer.directory / "config.yaml").steps == 9
 
 
 def test_resume_refuses_another_length_under_a_schedule(make_config: Callable[..., RlConfig]) -> None:
-    run_steps(make_config(optim=OptimConfig(schedule="linear")), until=3, checkpoint_at=2)
+    run_steps(make_config(optim=RlOptimConfig(schedule="linear")), until=3, checkpoint_at=2)
     with pytest.raises(ConfigError, match="steps: was 6, is 9"):
-        RunLog.open(make_config(steps=9, optim=OptimConfig(schedule="linear")), resume=True, echo=silent)
+        RunLog.open(make_config(steps=9, optim=RlOptimConfig(schedule="linear")), resume=True, echo=silent)
 
 
 def test_resume_and_overwrite_exclude_each_other(make_config: Callable[..., RlConfig]) -> None:

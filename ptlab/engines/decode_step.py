@@ -77,12 +77,12 @@ class _Cached:
     visible: Tensor | None
 
     def forward(
-        self, q_TQD: Tensor, k_TGD: Tensor, v_TGD: Tensor, scale: float, out: Tensor | None = None
+        self, q_TQD: Tensor, k_TGD: Tensor, v_TGD: Tensor, scale: float, out: Tensor | None = None, owner: str | None = None
     ) -> tuple[Tensor, AttentionSaved]:
         keys, values = self.layer.update(k_TGD[:, :, None], v_TGD[:, :, None])
         found, _ = decode_attention(None, q_TQD[:, :, None], keys, values, self.visible, scaling=scale)
         out_TQD = found[:, 0] if out is None else out.copy_(found[:, 0])
-        return out_TQD, AttentionSaved(q_TQD, k_TGD, v_TGD, scale, out_TQD, [])
+        return out_TQD, AttentionSaved(q_TQD, k_TGD, v_TGD, scale, out_TQD, None, [])
 
     def backward(self, saved: AttentionSaved, dout_TQD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         raise NotImplementedError("a sampler has no backward pass")

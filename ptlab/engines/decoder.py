@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ptlab.engines.buffers import Buffers
-from ptlab.engines.decoder_layer import DecoderLayer, Kept, Stream, norm_of, widest_spare
+from ptlab.engines.decoder_layer import ANY, DecoderLayer, Kept, Stream, norm_of, widest_spare
 from ptlab.engines.flex_attention import attention_for
 from ptlab.engines.fused_linear import Gradients
 from ptlab.engines.lora_layers import LoraWeights
@@ -106,7 +106,7 @@ class Decoder:
         shared = self._stream = Stream(attention_for(segments, padded, self.device, self._buffers), *tables)
         for i, layer in enumerate(self._layers):
             out_TH = self._take(f"x {i + 1 if keep else (i + 1) % 2}", padded, self._hidden)
-            kept = layer.forward(x_TH, out_TH, shared, owner=str(i) if every else "any", keep_gate_up=self.recompute != "mlp")
+            kept = layer.forward(x_TH, out_TH, shared, owner=str(i) if every else ANY, keep_gate_up=self.recompute != "mlp")
             if keep:
                 self._xs.append(x_TH)
             if every:
@@ -132,7 +132,7 @@ class Decoder:
         tables = self._rotary_tables(x_BH, positions_B)
         for i, (layer, attention) in enumerate(zip(self._layers, attentions, strict=True)):
             out_BH = self._take(f"x {(i + 1) % 2}", rows, self._hidden)
-            layer.forward(x_BH, out_BH, Stream(attention, *tables), owner="any")
+            layer.forward(x_BH, out_BH, Stream(attention, *tables), owner=ANY)
             x_BH = out_BH
         hidden_BH = self._take("hidden", rows, self._hidden)
         rms_norm(x_BH, *self._norm, out=hidden_BH)
@@ -155,7 +155,7 @@ class Decoder:
         scratch_TH = self._take("recomputed", padded, self._hidden) if self.recompute == "layers" else None
         for i in range(len(self._layers) - 1, learning[0] - 1, -1):
             layer = self._layers[i]
-            kept = self._kept.pop() if scratch_TH is None else layer.forward(self._xs[i], scratch_TH, self._stream, owner="any")
+            kept = self._kept.pop() if scratch_TH is None else layer.forward(self._xs[i], scratch_TH, self._stream, owner=ANY)
             layer.backward(d_TH, self._stream, kept, gradients, further=i > learning[0])
 
     def _rotary_tables(self, x_TH: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:

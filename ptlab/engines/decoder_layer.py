@@ -24,6 +24,8 @@ from ptlab.engines.row_ops import position_heads, position_heads_backward, rms_n
 from ptlab.engines.tree_attention import Attention, AttentionSaved
 
 TILE_ROWS = 2048
+ANY = "any"
+"""Owner of what nobody needs again."""
 
 
 @dataclass(slots=True)
@@ -122,7 +124,8 @@ class DecoderLayer:
 
         q_ready, k_ready = self._by_head(ready[:, : self._query]), self._by_head(ready[:, self._query : qk_width])
         attended_TQ = self._take(f"attended {owner}", tokens, self._query)
-        _, saved = stream.attention.forward(q_ready, k_ready, v, self._scaling, out=self._by_head(attended_TQ))
+        out = self._by_head(attended_TQ)
+        _, saved = stream.attention.forward(q_ready, k_ready, v, self._scaling, out=out, owner=None if owner == ANY else owner)
 
         middle_TH = self._take(f"middle {owner}", tokens, hidden)
         kept_gate_up = self._take(f"gate_up {owner}", tokens, 2 * inner + self.gate_up.spare) if keep_gate_up else None

@@ -62,13 +62,13 @@ class FlexTreeAttention:
         self._compiler = compiler
 
     def forward(
-        self, q_TQD: Tensor, k_TGD: Tensor, v_TGD: Tensor, scale: float, out: Tensor | None = None
+        self, q_TQD: Tensor, k_TGD: Tensor, v_TGD: Tensor, scale: float, out: Tensor | None = None, owner: str | None = None
     ) -> tuple[Tensor, AttentionSaved]:
         """As TreeAttention.forward. What is saved holds a graph of this one operation."""
         q, k, v = (self._whole_blocks(x).requires_grad_() for x in (q_TQD, k_TGD, v_TGD))
         with torch.enable_grad():
             out_HBND = compiled(scale, self._compiler)(q, k, v, *self._mask)
-        saved = AttentionSaved(q, k, v, scale, out_HBND, [])
+        saved = AttentionSaved(q, k, v, scale, out_HBND, None, [])
         out_TQD = self._tokens_first(out_HBND.detach())
         if out is None:
             return out_TQD, saved

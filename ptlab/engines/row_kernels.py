@@ -44,13 +44,19 @@ def load() -> ctypes.CDLL | None:
             library.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
                 made = Path(scratch) / library.name
-                subprocess.run([*command, "-o", str(made), "-lmvec", "-lm"], check=True, capture_output=True, text=True)
+                _run([*command, "-o", str(made), "-lmvec", "-lm"])
                 made.replace(library)  # whole or not at all, also with several processes at it
         return ctypes.CDLL(str(library))
     except (OSError, subprocess.CalledProcessError) as err:
         said = err.stderr if isinstance(err, subprocess.CalledProcessError) else err
         logger.warning("the CPU kernels cannot be compiled, training is slower without them: %s", said)
         return None
+
+
+def _run(command: list[str]) -> str:
+    """What it prints. A process without PATH has found the compiler in the default places; the compiler looks there for its linker, too."""
+    environment = {**os.environ, "PATH": os.environ.get("PATH", os.defpath)}
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
 
 
 def _cache_dir() -> Path:
@@ -62,7 +68,7 @@ def _cache_dir() -> Path:
 
 def _fingerprint(command: list[str]) -> str:
     """Of the source, the command, the compiler, and what this processor can do (-march=native)."""
-    version = subprocess.run([command[0], "--version"], check=True, capture_output=True, text=True).stdout
+    version = _run([command[0], "--version"])
     flags = next((line for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if line.startswith("flags")), "")
     return hashlib.sha256("\n".join([SOURCE.read_text(encoding="utf-8"), *command, version, flags]).encode()).hexdigest()[:16]
 

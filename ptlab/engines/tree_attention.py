@@ -35,6 +35,9 @@ TILE_SCORES = 1 << 18
 """Per query head: a tile with many keys has fewer rows, so that the scores stay within a few MB."""
 LONG = 768
 """Tokens from which on a segment goes to the flash kernel."""
+KEEP_KEYS = 4
+"""Probabilities are kept for the backward pass while a query sees at most so many times head_dim keys on the average; they are then smaller
+than the rest of what a layer keeps, and computing them again would be a quarter of the backward pass."""
 
 Run = tuple[int, int]
 """Places [first, last) of the stream."""
@@ -52,6 +55,8 @@ class AttentionSaved:
     v_TGD: Tensor
     scale: float
     out_TQD: Tensor
+    probs: Tensor | None
+    """Of all tiles one behind the other, float32; None: to be computed again."""
     log_sums: list[Tensor]
     """Per long segment: log of the sum of exp(scores) of its rows, [1, heads, rows], float32."""
 
@@ -60,8 +65,10 @@ class Attention(Protocol):
     """Causal attention over one stream, its backward by hand. On the CPU `TreeAttention`, on a GPU flex_attention.FlexTreeAttention."""
 
     def forward(
-        self, q_TQD: Tensor, k_TGD: Tensor, v_TGD: Tensor, scale: float, out: Tensor | None = None
-    ) -> tuple[Tensor, AttentionSaved]: ...
+        self, q_TQD: Tensor, k_TGD: Tensor, v_TGD: Tensor, scale: float, out: Tensor | None = None, owner: str | None = None
+    ) -> tuple[Tensor, AttentionSaved]:
+        """`owner`: a backward pass will follow; what is kept for it is good until the next forward pass of the same owner."""
+        ...
 
     def backward(self, saved: AttentionSaved, dout_TQD: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
 
@@ -92,11 +99,13 @@ class TreeAttention:
     def __init__(self, segments: Sequence[Segment], num_tokens: int, device: torch.device, buffers: Buffers | None = None) -> None:
         self._tiles, self._long = plan(segments, num_tokens)
         self._buffers = Buffers(device) if buffers is None else buffers
-        self._most_scores = max(((tile.last - tile.first) * tile.num_keys for tile in self._tiles), default=0)
+        self._sizes = [(tile.last - tile.first) * tile.num_keys for tile in self._tiles]
+        """Scores of each tile, per query head."""
+        self._most_scores = max(self._sizes, default=0)
         self._masks: dict[tuple[int, int], Tensor] = {}
 
     def forward(
-        self, q_TQD: Tensor, k_TGD: Tensor, v_TGD: Tensor, scale: float, out: Tensor | None = None
+        self, q_TQD: Tensor, k_TGD: Tensor, v_TGD: Tensor, scale: float, out: Tensor | None = None, owner: str | None = None
     ) -> tuple[Tensor, AttentionSaved]:
         """Shapes: q [T, heads, head_dim]; k, v [T, kv heads, head_dim], any strides with a contiguous last dimension; `out` like q.
 
@@ -104,11 +113,14 @@ class TreeAttention:
         """
         kv_heads, repeat, head_dim = _heads(q_TQD, k_TGD)
         out_GRD = self._take("out", kv_heads, len(q_TQD) * repeat, head_dim)
+        kept: Tensor | None = None
         if self._tiles:
             q_GRD, k_GTD, v_GTD = self._load("q", q_TQD, kv_heads), self._load("k", k_TGD, kv_heads), self._load("v", v_TGD, kv_heads)
             scores = self._take("scores", kv_heads * repeat * self._most_scores)
-            for tile in self._tiles:
-                probs = self._probabilities(tile, q_GRD, k_GTD, scale, scores)
+            if owner is not None and sum(self._sizes) <= KEEP_KEYS * head_dim * len(q_TQD):
+                kept = self._take(f"probabilities {owner}", kv_heads * repeat * sum(self._sizes))
+            for tile, into in zip(self._tiles, self._places(kept, scores, kv_heads * repeat), strict=True):
+                probs = self._probabilities(tile, q_GRD, k_GTD, scale, into)
                 out_tile = _rows(out_GRD, tile, repeat)
                 for first, length, column in tile.runs:
                     part = probs.narrow(2, column, length)
@@ -120,7 +132,7 @@ class TreeAttention:
             log_sums.append(log_sum)
         out_TQD = torch.empty(q_TQD.shape, dtype=q_TQD.dtype) if out is None else out
         _store(out_GRD, out_TQD, kv_heads)
-        return out_TQD, AttentionSaved(q_TQD, k_TGD, v_TGD, scale, out_TQD, log_sums)
+        return out_TQD, AttentionSaved(q_TQD, k_TGD, v_TGD, scale, out_TQD, kept, log_sums)
 
     def backward(self, saved: AttentionSaved, dout_TQD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dL/dq, dL/dk, dL/dv, in the shapes and type of q, k, v. They lie in scratch memory: the next call overwrites them."""
@@ -134,9 +146,12 @@ class TreeAttention:
             dout_GRD = self._load("out", dout_TQD, kv_heads)
             scores = self._take("scores", kv_heads * repeat * self._most_scores)
             flat = self._take("dscores", kv_heads * repeat * self._most_scores)
-            for tile in self._tiles:
+            for tile, held in zip(self._tiles, self._places(saved.probs, scores, kv_heads * repeat), strict=True):
                 query, dquery, dout = _rows(q_GRD, tile, repeat), _rows(dq_GRD, tile, repeat), _rows(dout_GRD, tile, repeat)
-                probs = self._probabilities(tile, q_GRD, k_GTD, scale, scores)
+                if saved.probs is None:
+                    probs = self._probabilities(tile, q_GRD, k_GTD, scale, held)
+                else:
+                    probs = held.view(*query.shape[:2], tile.num_keys)
                 dscores = flat[: probs.numel()].view(probs.shape)
                 for first, length, column in tile.runs:
                     dv_GTD.narrow(1, first, length).baddbmm_(probs.narrow(2, column, length).mT, dout)
@@ -170,6 +185,12 @@ class TreeAttention:
         for inner, result in ((dq_GRD, dq_TQD), (dk_GTD, dk_TGD), (dv_GTD, dv_TGD)):
             _store(inner, result, kv_heads)
         return dq_TQD, dk_TGD, dv_TGD
+
+    def _places(self, kept: Tensor | None, scratch: Tensor, heads: int) -> list[Tensor]:
+        """Memory for each tile's scores: its part of what is kept, or the same scratch for all."""
+        if kept is None:
+            return [scratch] * len(self._tiles)
+        return list(torch.split(kept, [heads * size for size in self._sizes]))
 
     def _probabilities(self, tile: Tile, q_GRD: Tensor, k_GTD: Tensor, scale: float, flat: Tensor) -> Tensor:
         """Softmax over all keys of a tile, [kv heads, rows * heads per kv head, keys], in the memory of `flat`."""

@@ -7,6 +7,9 @@ those have tests of their own. The test marked gpu runs the kernels.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -75,6 +78,18 @@ def test_block_lists() -> None:
 
 
 @pytest.fixture
+def alone(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A process of its own: where vLLM has been imported, engines/vllm_process.py has switched torch.compile off on a CPU."""
+    if "PTLAB_TEST_ALONE" not in os.environ:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::{request.node.name}"]
+        environment = {key: value for key, value in os.environ.items() if key != "TORCHDYNAMO_DISABLE"} | {"PTLAB_TEST_ALONE": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stdout
+        request.node.obj = lambda **fixtures: None  # done: not here again
+    yield
+
+
+@pytest.fixture
 def reference_backward(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda query, key, value: None)
     torch._dynamo.reset()
@@ -93,7 +108,7 @@ def random_inputs(tokens: int, heads: tuple[int, ...], device: torch.device = CP
     return [torch.randn(tokens, h, 16, generator=generator).to(device) for h in heads]
 
 
-@pytest.mark.usefixtures("reference_backward")
+@pytest.mark.usefixtures("alone", "reference_backward")
 def test_equals_the_attention_for_cpus_and_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any length: many blocks, two, a part of one."""
     monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
@@ -106,7 +121,7 @@ def test_equals_the_attention_for_cpus_and_is_compiled_once(monkeypatch: pytest.
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("reference_backward")
+@pytest.mark.usefixtures("alone", "reference_backward")
 def test_out_may_be_given() -> None:
     segments, tokens = random_tree(0, groups=1)
     q, k, v, _ = random_inputs(tokens, (2, 2, 2, 2))
