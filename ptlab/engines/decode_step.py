@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ptlab.engines.decode_attention import decode_attention
 from ptlab.engines.decoder import Decoder
-from ptlab.engines.head_pass import OutputHead
+from ptlab.engines.head_pass import OutputHead, head_path
 from ptlab.engines.lora_layers import LoraWeights
 from ptlab.engines.tree_attention import AttentionSaved
 
@@ -57,7 +57,7 @@ class DecoderStep:
 
     def __init__(self, model: Any) -> None:
         self._decoder, self._head = Decoder(model, apart=True), OutputHead.of(model, None)
-        self._head_path = next(path for path, module in model.named_modules() if module is model.get_output_embeddings())
+        self._head_path = head_path(model)
 
     def use(self, weights: LoraWeights | None) -> None:
         self._decoder.use(weights)

@@ -226,7 +226,7 @@ class DecoderLayer:
 def tiles(x_TH: Tensor) -> list[slice]:
     """Rows that go through a chain of operations together, so that what lies between them stays in the cache; on CUDA all of them.
 
-    Tiles of one size but for the last: a new number of rows costs a bfloat16 product 10 ms once (decoder.whole_rows).
+    Tiles of one size but for the last: a new number of rows costs a bfloat16 product 10 ms once (Decoder._whole_rows).
     """
     total = x_TH.shape[0]
     step = total if x_TH.is_cuda else TILE_ROWS

@@ -76,6 +76,12 @@ class OutputHead:
         return scaled if self.soft_cap is None else torch.tanh(scaled / self.soft_cap) * self.soft_cap
 
 
+def head_path(model: Any) -> str:
+    """Where the output head stands among the modules of a transformers causal LM that no adapter has changed yet."""
+    found: str = next(path for path, module in model.named_modules() if module is model.get_output_embeddings())
+    return found
+
+
 @dataclass(slots=True)
 class HeadResult:
     """Gradients are None where `weigh` was None; those of the LoRA matrices also where the head has no LoRA."""

@@ -28,7 +28,7 @@ from ptlab.engines.body import Body, DecoderBody, PaddedBody
 from ptlab.engines.buffers import Buffers
 from ptlab.engines.decoder import can_decode
 from ptlab.engines.fused_linear import Gradients
-from ptlab.engines.head_pass import CHUNK_BYTES, OutputHead, head_pass
+from ptlab.engines.head_pass import CHUNK_BYTES, OutputHead, head_pass, head_path
 from ptlab.engines.logprobs import log_softmax
 from ptlab.engines.lora_layers import LoraLayers, LoraWeights
 from ptlab.engines.loss_pass import loss_pass, plan_pairs, score
@@ -96,7 +96,7 @@ class PeftTrainer:
         self._targets = lora_files.LoraTargets.of(self._base)
         self._layers = LoraLayers(self._base)
         self._output_head = OutputHead.of(self._base, None)
-        self._head_path = next(path for path, m in self._base.named_modules() if m is self._base.get_output_embeddings())
+        self._head_path = head_path(self._base)
         self._adapters: dict[str, _Adapter] = {}
         self.between_micro_batches: Callable[[], None] | None = None
         self._in_pass: str | None = None  # the model whose forward or forward_backward is under way

@@ -52,17 +52,20 @@ def _inverse_rms(x32: Tensor, eps: float) -> Tensor:
     return norm.square().div(x32.shape[-1]).add(eps).rsqrt()
 
 
+def _norm_gradient(x32: Tensor, eps: float, d_unit: Tensor) -> Tensor:
+    """dL/dx, in the memory of d_unit = dL/d(x / rms(x))."""
+    inverse = _inverse_rms(x32, eps)
+    along = (x32 * d_unit).sum(dim=-1, keepdim=True).mul_(inverse.pow(3)).div_(x32.shape[-1])
+    return d_unit.mul_(inverse).addcmul_(x32, along, value=-1.0)
+
+
 def _rms_norm(x: Tensor, weight_H: Tensor, eps: float, out: Tensor) -> None:
     x32 = x.float()
     out.copy_((x32 * _inverse_rms(x32, eps)).mul_(weight_H))
 
 
 def _rms_norm_backward(x: Tensor, weight_H: Tensor, eps: float, d_out: Tensor, add_to: Tensor) -> None:
-    x32 = x.float()
-    inverse, d_unit = _inverse_rms(x32, eps), d_out.float() * weight_H
-    along = (x32 * d_unit).sum(dim=-1, keepdim=True).mul_(inverse.pow(3)).div_(x32.shape[-1])
-    dx = d_unit.mul_(inverse).addcmul_(x32, along, value=-1.0)
-    add_to.add_(dx.to(add_to.dtype))
+    add_to.add_(_norm_gradient(x.float(), eps, d_out.float() * weight_H).to(add_to.dtype))
 
 
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float, out: Tensor) -> None:
@@ -113,11 +116,7 @@ def _position_heads_backward(
     if weight_QD is None:
         dx.copy_(d_normed)
         return
-    x32 = x.float()
-    inverse = _inverse_rms(x32, eps)
-    d_unit = d_normed.mul_(weight_QD)
-    along = (x32 * d_unit).sum(dim=-1, keepdim=True).mul_(inverse.pow(3)).div_(x32.shape[-1])
-    dx.copy_(d_unit.mul_(inverse).addcmul_(x32, along, value=-1.0))
+    dx.copy_(_norm_gradient(x.float(), eps, d_normed.mul_(weight_QD)))
 
 
 def position_heads(x: Tensor, weight_QD: Tensor | None, eps: float, cos_TD: Tensor, sin_TD: Tensor, out: Tensor) -> None:
